@@ -1,0 +1,3 @@
+//! appliance/agent
+
+fn main() {}

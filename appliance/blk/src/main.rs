@@ -1,0 +1,3 @@
+//! appliance/blk
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! vvu-bridge
+
+fn main() {}
