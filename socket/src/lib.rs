@@ -1,8 +1,11 @@
-//! vhost-user messages over a unix stream socket, with the file descriptors that come beside them.
+//! What crosses between processes: vhost-user messages over a unix stream socket, with the file descriptors that come beside
+//! them, and the eventfds among these ([`event`]).
 //!
 //! Used by the bridge (towards the front-end and towards the appliance's VMM) and by the agent (towards the back-end). It
 //! moves whole messages and owns every descriptor from the moment the kernel hands it over: what is surplus, truncated
 //! or belongs to a broken message is closed. It never looks into a payload, and never changes the flags of a descriptor.
+
+pub mod event;
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -15,7 +18,6 @@ use rustix::net::{
     SendFlags, recvmsg, sendmsg,
 };
 use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 use vvu_protocol::DecodeError;
 use vvu_protocol::message::{Header, MAX_DESCRIPTORS, RawMessage};
 
@@ -48,7 +50,7 @@ impl From<Errno> for SocketError {
 /// One end of a vhost-user connection.
 #[derive(Debug)]
 pub struct MessageSocket {
-    stream: AsyncFd<UnixStream>,
+    stream: tokio::net::UnixStream,
     inbox: Inbox,
 }
 
@@ -79,7 +81,8 @@ impl MessageSocket {
     /// # Errors
     /// If the stream cannot be registered for events.
     pub fn new(stream: UnixStream) -> io::Result<Self> {
-        Ok(Self { stream: AsyncFd::register(stream)?, inbox: Inbox::default() })
+        stream.set_nonblocking(true)?;
+        Ok(Self { stream: tokio::net::UnixStream::from_std(stream)?, inbox: Inbox::default() })
     }
 
     /// The next message, or `None` if the peer has closed the stream between two messages. May be cancelled: what has been
@@ -94,8 +97,8 @@ impl MessageSocket {
             {
                 return Ok(Some(self.inbox.take(header)));
             }
-            let inbox = &mut self.inbox;
-            let received = self.stream.async_io(Interest::READABLE, |stream| receive_some(stream, inbox)).await?;
+            let (stream, inbox) = (&self.stream, &mut self.inbox);
+            let received = stream.async_io(Interest::READABLE, || receive_some(stream, inbox)).await?;
             if self.inbox.descriptors.len() > MAX_DESCRIPTORS {
                 return Err(SocketError::SurplusDescriptors);
             }
@@ -130,7 +133,7 @@ impl MessageSocket {
         let mut rest = bytes;
         let mut descriptors = descriptors;
         while !rest.is_empty() {
-            let sent = self.stream.async_io(Interest::WRITABLE, |stream| send_some(stream, rest, descriptors)).await?;
+            let sent = self.stream.async_io(Interest::WRITABLE, || send_some(&self.stream, rest, descriptors)).await?;
             rest = rest.get(sent..).unwrap_or_default();
             descriptors = &[];
         }
@@ -139,7 +142,7 @@ impl MessageSocket {
 }
 
 /// One `recvmsg`: appends to the message in the inbox. A control buffer that was too small counts as one descriptor too many.
-fn receive_some(stream: &UnixStream, inbox: &mut Inbox) -> io::Result<usize> {
+fn receive_some(stream: &impl AsFd, inbox: &mut Inbox) -> io::Result<usize> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS + 1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut bytes = vec![0; inbox.missing()];
@@ -158,7 +161,7 @@ fn receive_some(stream: &UnixStream, inbox: &mut Inbox) -> io::Result<usize> {
 }
 
 /// One `sendmsg`.
-fn send_some(stream: &UnixStream, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<usize> {
+fn send_some(stream: &impl AsFd, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<usize> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     if !descriptors.is_empty() && !control.push(SendAncillaryMessage::ScmRights(descriptors)) {
