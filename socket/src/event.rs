@@ -95,7 +95,7 @@ impl Event {
         check_kind(descriptor.as_fd())?;
         // SAFETY: an OwnedFd is open for as long as it lives, and always returns the same descriptor; the AsyncFd owns it.
         let registered = unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) };
-        Ok(Self { descriptor: registered.map_err(|error| io::Error::from(error.into_parts().1))? })
+        Ok(Self { descriptor: registered.map_err(|error| error.into_parts().1)? })
     }
 
     /// Waits until the count is not 0, and takes it. May be cancelled.
