@@ -6,7 +6,8 @@
 //! - the configuration space begins as in the drafts of virtio-vhost-user: [`Status`], largest number of queues, uuid;
 //! - one buffer of a queue holds one [`Frame`]: 8 bytes that say which channel and which session it belongs to, then
 //!   the vhost-user message exactly as on a socket, then one [`Handle`] for each file descriptor;
-//! - every request on either channel is answered, whether or not the socket's peer asked for it;
+//! - every request on either channel is answered, whether or not the socket's peer asked for it, and a channel has one
+//!   request under way at a time;
 //! - where a message on a socket carries an offset into a file that is mapped into the window (`mmap_offset` of memory
 //!   regions, dirty log and inflight buffer), the frame carries the [`crate::address::WindowOffset`] instead.
 
@@ -65,7 +66,7 @@ pub struct ConfigSpace {
     pub uuid: [u8; 16],
     /// Offset 36, 4 bytes: number of the current or last session; 0 before the first.
     pub session: u32,
-    /// Offset 40, 8 bytes: length of the window in bytes.
+    /// Offset 40, 8 bytes: length of the window in bytes, or 0 as long as its header is not mapped.
     pub window_len: u64,
 }
 
