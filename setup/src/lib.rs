@@ -2,12 +2,30 @@
 //! devices of the device set, the distribution's own older QEMU, a stock kernel with its modules, and
 //! the programs of the driver VM's root.
 //!
-//! Used by `cargo xtask setup` and by everything that starts a machine (`guest-image`, `tests`), which
-//! reads the result with [`Setup::load`].
+//! Used by `cargo xtask setup`, which calls [`run`], and by everything that starts a machine
+//! (`guest-image`, `tests`), which reads the result with [`Setup::load`].
 //!
 //! It never installs anything on the host's system, never needs root, never checks a signature itself
 //! (apt does) and never names a mirror (the machine's own apt configuration does).
+//!
+//! # Theory of operation
+//! Each private root is one step with a recipe: suites and packages. Its directory's name holds a hash
+//! of the recipe, and it appears by a rename when all is unpacked, so a root that exists is complete and
+//! right. An interrupted set-up finds complete roots, apt finds fetched packages and partial files; both
+//! go on from there. A newer version in the archive is not looked for: remove the cache to have it.
 
+mod apt;
+mod command;
+mod distribution;
+mod error;
+mod kernel;
+mod qemu;
 mod record;
+mod root;
+mod run;
+mod sources;
+mod step;
 
-pub use record::{Setup, SetupError, cache_root};
+pub use error::SetupError;
+pub use record::{Setup, cache_root};
+pub use run::{SetupOptions, run};

@@ -6,6 +6,10 @@ use std::{env, fs, io};
 
 use serde::{Deserialize, Serialize};
 
+use crate::SetupError;
+use crate::error::at;
+use crate::step::recipe;
+
 /// Name of the document inside the cache root.
 const RECORD_FILE: &str = "setup.json";
 
@@ -33,41 +37,8 @@ pub struct Setup {
     pub qemu_storage_daemon: PathBuf,
     /// `debugfs` of e2fsprogs: reads an ext4 image on the host without mounting it.
     pub debugfs: PathBuf,
-}
-
-/// Why there is no usable set-up.
-#[derive(Debug, thiserror::Error)]
-pub enum SetupError {
-    /// Neither `VVU_CACHE` nor `XDG_CACHE_HOME` nor `HOME` is set.
-    #[error("no place for the cache: set VVU_CACHE to a directory")]
-    NoCacheRoot,
-    /// There is no record in the cache.
-    #[error("{} is missing: run `cargo xtask setup`", .0.display())]
-    Missing(PathBuf),
-    /// The record names something that is gone.
-    #[error("the set-up's {part} is gone ({}): run `cargo xtask setup`", path.display())]
-    Gone {
-        /// Field of [`Setup`].
-        part: &'static str,
-        /// Where it should have been.
-        path: PathBuf,
-    },
-    /// The record is of another version of this crate, or damaged.
-    #[error("{} cannot be read: run `cargo xtask setup`", path.display())]
-    Unreadable {
-        /// The record.
-        path: PathBuf,
-        /// What the parser says.
-        source: serde_json::Error,
-    },
-    /// The file system refuses.
-    #[error("cannot access {}", path.display())]
-    Io {
-        /// The file or directory in question.
-        path: PathBuf,
-        /// What the system says.
-        source: io::Error,
-    },
+    /// Hash of what this version of the crate unpacks; a record with another one is outdated.
+    pub recipe: String,
 }
 
 /// The cache's root directory: `$VVU_CACHE`, else `$XDG_CACHE_HOME/vvu`, else `$HOME/.cache/vvu`.
@@ -110,6 +81,9 @@ impl Setup {
         };
         let setup: Self =
             serde_json::from_slice(&text).map_err(|source| SetupError::Unreadable { path: path.clone(), source })?;
+        if setup.recipe != recipe() {
+            return Err(SetupError::Outdated(path));
+        }
         for (part, path) in setup.parts() {
             if !path.exists() {
                 return Err(SetupError::Gone { part, path: path.to_owned() });
@@ -128,8 +102,8 @@ impl Setup {
         let mut text =
             serde_json::to_vec_pretty(self).map_err(|source| SetupError::Unreadable { path: path.clone(), source })?;
         text.push(b'\n');
-        fs::write(&fresh, text).map_err(|source| SetupError::Io { path: fresh.clone(), source })?;
-        fs::rename(&fresh, &path).map_err(|source| SetupError::Io { path, source })
+        fs::write(&fresh, text).map_err(at(&fresh))?;
+        fs::rename(&fresh, &path).map_err(at(&path))
     }
 
     fn parts(&self) -> [(&'static str, &Path); 9] {
@@ -168,6 +142,7 @@ mod tests {
             qemu_io: part("qemu-io"),
             qemu_storage_daemon: part("qemu-storage-daemon"),
             debugfs: part("debugfs"),
+            recipe: recipe(),
         }
     }
 
@@ -189,6 +164,9 @@ mod tests {
         fs::remove_file(cache.path().join("qemu-io")).unwrap();
         assert!(refusal().contains("qemu_io is gone"));
         assert!(refusal().ends_with("run `cargo xtask setup`"));
+
+        Setup { recipe: "old".into(), ..setup_in(cache.path()) }.save_to(cache.path()).unwrap();
+        assert!(refusal().ends_with("is of another version: run `cargo xtask setup`"));
 
         fs::write(cache.path().join("setup.json"), "{}").unwrap();
         assert!(refusal().ends_with("cannot be read: run `cargo xtask setup`"));

@@ -1,0 +1,214 @@
+//! The set-up itself: decides what is there, fetches the rest, and writes the record.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::{FdFlags, fcntl_setfd};
+
+use crate::apt::{Apt, Package, Selection};
+use crate::error::at;
+use crate::kernel::Kernel;
+use crate::root::{size_of, unpack, wrap};
+use crate::step::{Step, Wanted, recipe};
+use crate::{Setup, SetupError, cache_root, distribution, qemu};
+
+/// What a person may provide instead of having it fetched.
+#[derive(Clone, Debug, Default)]
+pub struct SetupOptions {
+    /// A `qemu-system-x86_64`, version 11 or later. Its tools (`qemu-img`, …) are taken from beside it.
+    pub qemu: Option<PathBuf>,
+    /// A kernel image (bzImage), 6.12 or later, for appliance and driver VMs.
+    pub kernel: Option<PathBuf>,
+    /// Directory of that kernel's modules; by default searched beside the kernel and below `/lib/modules`.
+    pub modules: Option<PathBuf>,
+}
+
+/// Programs of `qemu-utils`, in the order of [`Tools`].
+const TOOL_NAMES: [&str; 3] = ["qemu-img", "qemu-io", "qemu-storage-daemon"];
+
+/// Paths of the programs in [`TOOL_NAMES`].
+type Tools = [PathBuf; 3];
+
+/// Makes the set-up, or completes one that was interrupted, and writes its record into the cache.
+///
+/// Prints to standard error what it does and how much it fetches. A second set-up at the same time waits
+/// for the first. What is in the cache already is used as it is.
+///
+/// # Errors
+/// Any [`SetupError`]; a failed program's output is part of it.
+pub fn run(options: &SetupOptions) -> Result<Setup, SetupError> {
+    let cache = cache_root()?;
+    fs::create_dir_all(&cache).map_err(at(&cache))?;
+    let _lock = lock(&cache)?;
+    let provider = Provider::new(&cache)?;
+    let (qemu, tools) = provider.qemu(options)?;
+    let version = qemu::check(&qemu)?;
+    let kernel = provider.kernel(options)?;
+    let driver_root = provider.driver_root()?;
+    let [qemu_img, qemu_io, qemu_storage_daemon] = tools;
+    let setup = Setup {
+        qemu_distribution: provider.qemu_distribution(&qemu)?,
+        qemu,
+        kernel: kernel.image,
+        modules: kernel.modules,
+        kernel_release: kernel.release,
+        debugfs: provider.debugfs(&driver_root)?,
+        driver_root,
+        qemu_img,
+        qemu_io,
+        qemu_storage_daemon,
+        recipe: recipe(),
+    };
+    // All packages are unpacked, so neither they nor their lists are needed again.
+    let apt = cache.join("apt");
+    if apt.exists() {
+        fs::remove_dir_all(&apt).map_err(at(&apt))?;
+    }
+    setup.save_to(&cache)?;
+    let megabytes = megabytes(size_of(&cache)?);
+    eprintln!("setup: QEMU {version}, kernel {}; {megabytes} in {}", setup.kernel_release, cache.display());
+    Ok(setup)
+}
+
+/// Takes the cache for this process and its children, and waits for another set-up to end.
+fn lock(cache: &Path) -> Result<File, SetupError> {
+    let path = cache.join("lock");
+    let file = File::create(&path).map_err(at(&path))?;
+    // An apt that outlives a killed set-up must keep the next one waiting.
+    fcntl_setfd(&file, FdFlags::empty()).map_err(|error| at(&path)(error.into()))?;
+    if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+        eprintln!("setup: waiting for another set-up to end");
+        flock(&file, FlockOperation::LockExclusive).map_err(|error| at(&path)(error.into()))?;
+    }
+    Ok(file)
+}
+
+/// Where things come from on this machine.
+struct Provider<'a> {
+    cache: &'a Path,
+    /// Debian's mirror and the machine's release, or why this is no Debian.
+    debian: Result<distribution::Debian, String>,
+    search: Option<std::ffi::OsString>,
+}
+
+impl<'a> Provider<'a> {
+    fn new(cache: &'a Path) -> Result<Self, SetupError> {
+        Ok(Self { cache, debian: distribution::detect()?, search: std::env::var_os("PATH") })
+    }
+
+    /// The QEMU of the appliance VM with its tools: the one named, else the machine's, else a private one.
+    fn qemu(&self, options: &SetupOptions) -> Result<(PathBuf, Tools), SetupError> {
+        let found = match &options.qemu {
+            Some(path) => Some(fs::canonicalize(path).map_err(at(path))?),
+            None => qemu::on_path(self.search.as_deref()).filter(|(_, fit)| *fit).map(|(path, _)| path),
+        };
+        let Some(path) = found else {
+            let root = self.root(&Step::qemu())?;
+            return Ok((self.wrap(&root, &format!("usr/bin/{}", qemu::PROGRAM), "qemu")?, self.tools(&root)?));
+        };
+        let tools = TOOL_NAMES.map(|name| path.with_file_name(name));
+        if tools.iter().all(|tool| tool.is_file()) {
+            return Ok((path, tools));
+        }
+        let tools = self.tools(&self.root(&Step::qemu())?)?;
+        Ok((path, tools))
+    }
+
+    fn tools(&self, root: &Path) -> Result<Tools, SetupError> {
+        let [image, io, daemon] = TOOL_NAMES.map(|name| self.wrap(root, &format!("usr/bin/{name}"), name));
+        Ok([image?, io?, daemon?])
+    }
+
+    /// The QEMU that the machine's release has: the installed one if it is not the appliance's.
+    fn qemu_distribution(&self, appliance_qemu: &Path) -> Result<PathBuf, SetupError> {
+        if let Some((path, false)) = qemu::on_path(self.search.as_deref()) {
+            return Ok(path);
+        }
+        match &self.debian {
+            Ok(debian) => {
+                let root = self.root(&Step::qemu_distribution(&debian.codename))?;
+                self.wrap(&root, &format!("usr/bin/{}", qemu::PROGRAM), "qemu-distribution")
+            }
+            Err(_) => Ok(appliance_qemu.into()),
+        }
+    }
+
+    fn kernel(&self, options: &SetupOptions) -> Result<Kernel, SetupError> {
+        match &options.kernel {
+            Some(path) => Kernel::find(&fs::canonicalize(path).map_err(at(path))?, options.modules.as_deref()),
+            None => Kernel::of_root(&self.root(&Step::kernel())?),
+        }
+    }
+
+    /// Root of the driver VM's programs; on a foreign system, the system itself.
+    fn driver_root(&self) -> Result<PathBuf, SetupError> {
+        if self.debian.is_ok() {
+            return self.root(&Step::driver());
+        }
+        for program in ["busybox", "fio", "mkfs.ext4", "debugfs"] {
+            if qemu::program_on_path(self.search.as_deref(), program).is_none() {
+                return Err(SetupError::NoProgram(program));
+            }
+        }
+        Ok("/".into())
+    }
+
+    fn debugfs(&self, driver_root: &Path) -> Result<PathBuf, SetupError> {
+        match qemu::program_on_path(self.search.as_deref(), "debugfs") {
+            Some(path) if self.debian.is_err() => Ok(path),
+            _ => {
+                let program =
+                    ["usr/sbin/debugfs", "sbin/debugfs"].into_iter().find(|path| driver_root.join(path).exists());
+                self.wrap(driver_root, program.unwrap_or("usr/sbin/debugfs"), "debugfs")
+            }
+        }
+    }
+
+    fn wrap(&self, root: &Path, program: &str, name: &str) -> Result<PathBuf, SetupError> {
+        wrap(root, program, self.cache.join("bin").join(name))
+    }
+
+    /// The private root of a step, which is fetched and unpacked if it is not there.
+    fn root(&self, step: &Step) -> Result<PathBuf, SetupError> {
+        let root = self.cache.join("roots").join(step.directory_name());
+        if root.exists() {
+            return Ok(root);
+        }
+        let debian = self.debian.as_ref().map_err(|why| SetupError::Unsupported { why: why.clone() })?;
+        eprintln!("setup: {} from {}: lists of packages", step.what, step.suites.join(" and "));
+        let apt = Apt::open(&self.cache.join("apt").join(step.suites.join("+")), &debian.mirror, &step.suites)?;
+        let selection = match &step.wanted {
+            Wanted::Packages(selection) => selection.clone(),
+            Wanted::DependencyOf(meta) => Selection::Alone(apt.dependency_of(meta)?),
+        };
+        let packages = apt.plan(&selection)?;
+        let total = megabytes(packages.iter().map(|package| package.size_bytes).sum());
+        eprintln!("setup: {}: {} packages, {total}", step.what, packages.len());
+        apt.fetch(&selection, &total)?;
+        let archives: Vec<PathBuf> = packages.iter().map(|package: &Package| apt.path_of(package)).collect();
+        unpack(&archives, &root)?;
+        eprintln!("setup: {}: unpacked, {}", step.what, megabytes(size_of(&root)?));
+        self.remove_older(step, &root)?;
+        Ok(root)
+    }
+
+    /// Removes what an earlier recipe of the same step left.
+    fn remove_older(&self, step: &Step, root: &Path) -> Result<(), SetupError> {
+        let roots = self.cache.join("roots");
+        for entry in fs::read_dir(&roots).map_err(at(&roots))? {
+            let path = entry.map_err(at(&roots))?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let same_step = name.rsplit_once('-').is_some_and(|(prefix, _)| prefix == step.name);
+            if same_step && path != root {
+                fs::remove_dir_all(&path).map_err(at(&path))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A size as a person reads it.
+fn megabytes(bytes: u64) -> String {
+    format!("{} MB", bytes.div_ceil(1_000_000))
+}
