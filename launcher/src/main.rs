@@ -1,3 +1,82 @@
-//! launcher
+//! `vvu`: the operator's command.
+//!
+//! It serves one virtio device from an appliance VM (`vvu run`) and tells whether a host can (`vvu check`). Operators and
+//! service managers use it; so does the project's demo, as everybody else would.
+//!
+//! What it never does: it touches no driver VM memory, speaks no vhost-user, parses no disk image beyond the first bytes
+//! that tell a container format, and decides nothing about the device: that is the bridge's and the appliance's.
+//!
+//! This file parses, runs, and turns the end into one line and an exit code: 0 for a run that a signal ended or a host
+//! that can serve, 1 for everything else, 2 for arguments that do not parse.
 
-fn main() {}
+mod accel;
+mod check;
+mod children;
+mod cli;
+mod ending;
+mod events;
+mod host_checks;
+mod image;
+mod log_follow;
+mod manifest;
+mod notify;
+mod parent_death;
+mod plan;
+mod probe;
+mod programs;
+mod qemu_args;
+mod run;
+mod runtime_dir;
+mod signals;
+mod size;
+mod socket_path;
+mod vmm_lines;
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::Context;
+use clap::Parser;
+use tokio::runtime::Runtime;
+
+use crate::cli::{BlkArgs, Cli, Command, Device};
+use crate::ending::Ending;
+use crate::events::{LogFiles, Output};
+
+fn main() -> ExitCode {
+    let started = Instant::now();
+    let result = match Cli::parse().command {
+        Command::Run(Device::Blk(args)) => run_blk(&args, started),
+        Command::Check(args) => runtime().and_then(|runtime| runtime.block_on(check::check(&args))),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("vvu: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn run_blk(args: &BlkArgs, started: Instant) -> anyhow::Result<ExitCode> {
+    let files = args.log_dir.as_deref().map(|directory| LogFiles::open(directory, started)).transpose();
+    let (files, fault) = match files {
+        Ok(files) => (files, None),
+        Err(error) => (None, Some(error)),
+    };
+    let (output, writer) = Output::start(args.json, files)?;
+    let runtime = runtime()?;
+    let ending = match fault {
+        Some(error) => Ending::refused(&error),
+        None => runtime.block_on(run::run_blk(args, &output, started)),
+    };
+    let exit_code = ExitCode::from(ending.exit_code());
+    output.event(&ending.into_event());
+    // The writer ends when the last output is gone; the runtime's tasks hold some.
+    drop(output);
+    drop(runtime);
+    writer.finish();
+    Ok(exit_code)
+}
+
+/// One thread: children are bound to the thread that spawns them (see `parent_death`), and there is little to do.
+fn runtime() -> anyhow::Result<Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the event loop")
+}

@@ -1,0 +1,233 @@
+//! The disk image: what the operator named, checked before anything is started.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+/// Unit of a virtio block device's capacity in bytes (virtio 1.3, section 5.2.4).
+const SECTOR_BYTES: u32 = 512;
+
+/// Physical block size announced for files, in bytes: a page, below which every file system does extra work.
+const FILE_PHYSICAL_BLOCK_BYTES: u32 = 4096;
+
+/// Largest block size of a device that is passed on, in bytes; larger ones (none is known) are served as this.
+const MAX_BLOCK_BYTES: u32 = 32 * 1024;
+
+/// Bytes read from the start of the image to recognise a container format.
+const MAGIC_AREA_BYTES: usize = 72;
+
+/// Beginnings of the formats that hold a disk inside a file: offset, bytes, name as `qemu-img` knows it.
+const CONTAINER_MAGICS: [(usize, &[u8], &str); 6] = [
+    (0, b"QFI\xfb", "qcow2"),
+    (0, b"QED\0", "qed"),
+    (0, b"KDMV", "vmdk"),
+    (0, b"vhdxfile", "vhdx"),
+    (0, b"conectix", "vpc"),
+    (64, b"\x7f\x10\xda\xbe", "vdi"),
+];
+
+/// What kind of file holds the disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ImageKind {
+    /// A regular file.
+    File,
+    /// A block device.
+    BlockDevice,
+}
+
+/// An image that can be served.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Image {
+    /// Absolute path.
+    pub(crate) path: String,
+    /// File or block device.
+    pub(crate) kind: ImageKind,
+    /// Size in bytes, a multiple of 512.
+    pub(crate) size_bytes: u64,
+    /// Smallest request in bytes.
+    pub(crate) logical_block_bytes: u32,
+    /// Request size below which the storage does extra work, in bytes.
+    pub(crate) physical_block_bytes: u32,
+    /// Whether it is opened for reading only.
+    pub(crate) read_only: bool,
+}
+
+/// Why an image cannot be served, with the remedy.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ImageError {
+    /// Nothing has this name.
+    #[error("image {0} does not exist; create one with: truncate -s 10G {0}")]
+    Missing(PathBuf),
+    /// A directory has this name.
+    #[error("image {0} is a directory; name the image file inside it")]
+    Directory(PathBuf),
+    /// Neither file nor block device.
+    #[error("image {0} is neither a file nor a block device; only these can be served")]
+    Kind(PathBuf),
+    /// Not readable.
+    #[error("image {0} may not be read by this user; change its owner or mode")]
+    NotReadable(PathBuf),
+    /// Readable, not writable.
+    #[error("image {0} may not be written; change its owner or mode, or add --read-only")]
+    NotWritable(PathBuf),
+    /// No bytes in it.
+    #[error("image {0} is empty; give it a size with: truncate -s 10G {0}")]
+    Empty(PathBuf),
+    /// Not a whole number of sectors.
+    #[error(
+        "image {path} has {size} bytes, which is no multiple of {SECTOR_BYTES}; \
+         round it up with: truncate -s %{SECTOR_BYTES} {path}"
+    )]
+    OddSize {
+        /// The image.
+        path: PathBuf,
+        /// Its size in bytes.
+        size: u64,
+    },
+    /// A container format where a raw image is expected.
+    #[error(
+        "image {path} looks like {format}, and only raw images are served; convert it with: \
+         qemu-img convert -O raw {path} disk.img (or add --format raw to serve its bytes as they are)"
+    )]
+    Container {
+        /// The image.
+        path: PathBuf,
+        /// The format, as `qemu-img` names it.
+        format: &'static str,
+    },
+    /// The path cannot be written in QEMU's JSON.
+    #[error("image path {0:?} is not valid UTF-8; rename or link the image")]
+    PathEncoding(PathBuf),
+    /// Another failure of the system.
+    #[error("image {path} cannot be opened")]
+    System {
+        /// The image.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+impl Image {
+    /// Checks the image at `path`. `raw_is_explicit` says that the operator wants a container's bytes served as they are.
+    ///
+    /// # Errors
+    /// [`ImageError`], one line with the remedy.
+    pub(crate) fn check(path: &Path, read_only: bool, raw_is_explicit: bool) -> Result<Self, ImageError> {
+        let owned = || path.to_owned();
+        let system = |source| ImageError::System { path: path.to_owned(), source };
+        let absolute = std::path::absolute(path).map_err(system)?;
+        let text = absolute.to_str().ok_or_else(|| ImageError::PathEncoding(owned()))?.to_owned();
+        let metadata = std::fs::metadata(path).map_err(|error| open_error(path, error, ImageError::NotReadable))?;
+        // Looked at before the file is opened: opening a FIFO would wait for its other end.
+        let kind = match metadata.file_type() {
+            kind if kind.is_file() => ImageKind::File,
+            kind if kind.is_block_device() => ImageKind::BlockDevice,
+            kind if kind.is_dir() => return Err(ImageError::Directory(owned())),
+            _ => return Err(ImageError::Kind(owned())),
+        };
+        let mut file = File::open(path).map_err(|error| open_error(path, error, ImageError::NotReadable))?;
+        if !read_only {
+            OpenOptions::new()
+                .write(true)
+                .open(path)
+                .map_err(|error| open_error(path, error, ImageError::NotWritable))?;
+        }
+        let format = container_format(&mut file).map_err(system)?;
+        if let Some(format) = format.filter(|_| !raw_is_explicit) {
+            return Err(ImageError::Container { path: owned(), format });
+        }
+        let size_bytes = file.seek(SeekFrom::End(0)).map_err(system)?;
+        match size_bytes {
+            0 => return Err(ImageError::Empty(owned())),
+            size if size % u64::from(SECTOR_BYTES) != 0 => return Err(ImageError::OddSize { path: owned(), size }),
+            _ => {}
+        }
+        let (logical_block_bytes, physical_block_bytes) = match kind {
+            ImageKind::File => (SECTOR_BYTES, FILE_PHYSICAL_BLOCK_BYTES),
+            ImageKind::BlockDevice => device_block_sizes(metadata.rdev()),
+        };
+        Ok(Self { path: text, kind, size_bytes, logical_block_bytes, physical_block_bytes, read_only })
+    }
+}
+
+fn open_error(path: &Path, error: io::Error, denied: fn(PathBuf) -> ImageError) -> ImageError {
+    match error.kind() {
+        io::ErrorKind::NotFound => ImageError::Missing(path.to_owned()),
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => denied(path.to_owned()),
+        _ => ImageError::System { path: path.to_owned(), source: error },
+    }
+}
+
+fn container_format(file: &mut File) -> io::Result<Option<&'static str>> {
+    let mut head = Vec::with_capacity(MAGIC_AREA_BYTES);
+    file.take(MAGIC_AREA_BYTES as u64).read_to_end(&mut head)?;
+    let found = CONTAINER_MAGICS
+        .iter()
+        .find(|(offset, magic, _)| head.get(*offset..).is_some_and(|rest| rest.starts_with(magic)))
+        .map(|(_, _, format)| *format);
+    Ok(found)
+}
+
+/// Logical and physical block size of a block device, from sysfs; a partition's sizes are those of its disk.
+fn device_block_sizes(device: u64) -> (u32, u32) {
+    let directory = format!("/sys/dev/block/{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
+    let read = |name: &str| {
+        ["queue", "../queue"]
+            .iter()
+            .find_map(|queue| std::fs::read_to_string(format!("{directory}/{queue}/{name}")).ok())
+            .and_then(|text| text.trim().parse::<u32>().ok())
+            .filter(|size| size.is_power_of_two())
+            .map(|size| size.clamp(SECTOR_BYTES, MAX_BLOCK_BYTES))
+    };
+    let logical = read("logical_block_size").unwrap_or(SECTOR_BYTES);
+    let physical = read("physical_block_size").unwrap_or(logical);
+    (logical, physical.max(logical))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file_with(bytes: &[u8], size: u64) -> tempfile::NamedTempFile {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), bytes).unwrap();
+        file.as_file().set_len(size).unwrap();
+        file
+    }
+
+    #[test]
+    fn a_raw_file_is_taken_with_its_size() {
+        let file = file_with(b"", 1 << 20);
+        let image = Image::check(file.path(), false, false).unwrap();
+        assert_eq!((image.kind, image.size_bytes), (ImageKind::File, 1 << 20));
+        assert_eq!((image.logical_block_bytes, image.physical_block_bytes), (512, 4096));
+    }
+
+    #[test]
+    fn every_container_format_is_refused_unless_raw_is_explicit() {
+        for (offset, magic, format) in CONTAINER_MAGICS {
+            let mut bytes = vec![0; offset];
+            bytes.extend_from_slice(magic);
+            let file = file_with(&bytes, 1 << 20);
+            let refusal = Image::check(file.path(), false, false).unwrap_err();
+            assert!(matches!(refusal, ImageError::Container { format: found, .. } if found == format));
+            assert!(Image::check(file.path(), false, true).is_ok(), "{format}");
+        }
+    }
+
+    #[test]
+    fn a_short_file_is_no_container_and_no_disk() {
+        assert!(matches!(Image::check(file_with(b"QFI", 3).path(), false, false), Err(ImageError::OddSize { .. })));
+        assert!(matches!(Image::check(file_with(b"", 0).path(), false, false), Err(ImageError::Empty(_))));
+    }
+
+    #[test]
+    fn what_is_no_disk_is_refused_without_opening_it() {
+        let directory = tempfile::tempdir().unwrap();
+        assert!(matches!(Image::check(directory.path(), true, false), Err(ImageError::Directory(_))));
+        assert!(matches!(Image::check(&directory.path().join("no"), true, false), Err(ImageError::Missing(_))));
+        assert!(matches!(Image::check(Path::new("/dev/null"), true, false), Err(ImageError::Kind(_))));
+    }
+}

@@ -1,0 +1,332 @@
+//! The appliance VM's QEMU command line. Pure: facts in, argument vector out.
+//!
+//! The machine holds the three devices of the device set, the disk, a serial port, and nothing else that QEMU can leave
+//! out. Node and device descriptions are written as JSON where QEMU takes JSON; in the other options a comma inside a
+//! value is doubled, which is QEMU's escape.
+
+use serde_json::{Value, json};
+use vvu_appliance_config::FW_CFG_NAME;
+
+use crate::accel::Accel;
+use crate::image::{Image, ImageKind};
+use crate::size::Size;
+
+/// `-sandbox`: a seccomp filter against everything that this QEMU has no business doing.
+pub(crate) const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+
+/// Serial number by which the agent finds the appliance's disk.
+pub(crate) const DISK_SERIAL: &str = "vvu-disk-0";
+
+/// Name of the configuration document in the runtime directory.
+pub(crate) const CONFIG_FILE: &str = "appliance.json";
+
+/// Socket of the control device, created by the bridge in the runtime directory.
+const CONTROL_SOCKET: &str = "control.sock";
+
+/// Socket of the window device.
+const WINDOW_SOCKET: &str = "window.sock";
+
+/// Socket of the doorbell device.
+const DOORBELL_SOCKET: &str = "doorbell.sock";
+
+/// The longest file name that is used in the runtime directory; socket paths are limited by the system.
+pub(crate) const LONGEST_SOCKET_NAME: &str = DOORBELL_SOCKET;
+
+/// The device models that the appliance VM is built of.
+pub(crate) const REQUIRED_DEVICES: [&str; 4] =
+    ["vhost-user-test-device-pci", "ivshmem-doorbell", "intel-iommu", "virtio-blk-pci"];
+
+/// Virtio device id of the control device: an id that QEMU knows and no Linux driver claims.
+const CONTROL_VIRTIO_ID: u32 = 21;
+
+/// Virtio device id of the window device: virtio-pmem (virtio 1.3, section 5.19).
+const WINDOW_VIRTIO_ID: u32 = 27;
+
+/// Name of the image's format node, to which the disk is attached.
+const DISK_NODE: &str = "disk";
+
+/// What the kernel is told. `panic=-1` reboots at once, which `-no-reboot` turns into the end of QEMU; `iommu=pt` keeps
+/// DMA untranslated while VFIO gets its IOMMU groups.
+const KERNEL_COMMAND_LINE: &str = "console=ttyS0 quiet loglevel=4 panic=-1 intel_iommu=on iommu=pt";
+
+/// How QEMU submits the disk's requests to the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct DiskIo {
+    /// O_DIRECT: past the host's page cache.
+    pub(crate) direct: bool,
+    /// QEMU's `aio=` value.
+    pub(crate) aio: &'static str,
+}
+
+/// Ways to submit requests, best first; `aio=native` exists only with O_DIRECT.
+pub(crate) const DISK_IO_WAYS: [DiskIo; 5] = [
+    DiskIo { direct: true, aio: "io_uring" },
+    DiskIo { direct: true, aio: "native" },
+    DiskIo { direct: true, aio: "threads" },
+    DiskIo { direct: false, aio: "io_uring" },
+    DiskIo { direct: false, aio: "threads" },
+];
+
+/// Everything the command line depends on.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ApplianceVm<'a> {
+    /// KVM or TCG.
+    pub(crate) accel: Accel,
+    /// The appliance's own memory.
+    pub(crate) memory: Size,
+    /// Virtual CPUs.
+    pub(crate) cpus: u16,
+    /// Request queues of the device: one kick vector each.
+    pub(crate) queues: u16,
+    /// Identity of the device set, for QEMU's process name.
+    pub(crate) uuid: &'a str,
+    /// Runtime directory with the bridge's sockets and the configuration document.
+    pub(crate) runtime_dir: &'a str,
+    /// Kernel of the appliance.
+    pub(crate) kernel: &'a str,
+    /// Initial RAM file system of the appliance.
+    pub(crate) initrd: &'a str,
+    /// The disk image.
+    pub(crate) image: &'a Image,
+    /// How its requests are submitted.
+    pub(crate) disk_io: DiskIo,
+}
+
+impl ApplianceVm<'_> {
+    /// The arguments, without the program's name.
+    pub(crate) fn arguments(&self) -> Vec<String> {
+        let mut arguments = Vec::new();
+        self.push_frame(&mut arguments);
+        self.push_machine(&mut arguments);
+        self.push_boot(&mut arguments);
+        self.push_device_set(&mut arguments);
+        self.push_disk(&mut arguments);
+        arguments
+    }
+
+    fn push_frame(&self, arguments: &mut Vec<String>) {
+        push(arguments, &["-nodefaults", "-no-user-config", "-no-reboot"]);
+        push(arguments, &["-display", "none"]);
+        push(arguments, &["-sandbox", SANDBOX]);
+        push(arguments, &["-run-with", "exit-with-parent=on"]);
+        push(arguments, &["-name", &option("", &[("guest", &format!("vvu-{}", self.uuid)), ("debug-threads", "on")])]);
+    }
+
+    fn push_machine(&self, arguments: &mut Vec<String>) {
+        // Everything that a q35 machine can do without: the appliance's kernel drives none of it.
+        let mut machine = "q35,memory-backend=ram,usb=off,vmport=off,smbus=off,sata=off,graphics=off".to_owned();
+        let memory = format!("{}", self.memory);
+        let (accel, cpu, iommu) = match self.accel {
+            Accel::Kvm => {
+                // Interrupt remapping needs the IOAPIC in QEMU.
+                machine.push_str(",kernel-irqchip=split");
+                ("kvm", "host", json!({ "driver": "intel-iommu", "intremap": "on" }))
+            }
+            Accel::Tcg => ("tcg,thread=multi", "max", json!({ "driver": "intel-iommu" })),
+        };
+        push(arguments, &["-machine", &machine, "-accel", accel, "-cpu", cpu]);
+        push(arguments, &["-smp", &self.cpus.to_string(), "-m", &memory]);
+        // Shared, because the bridge maps the control queues.
+        let backend = json!({ "qom-type": "memory-backend-memfd", "id": "ram", "size": self.memory.0, "share": true });
+        push(arguments, &["-object", &backend.to_string()]);
+        // Before every other device: a device only gets behind the IOMMU if that exists already.
+        push(arguments, &["-device", &iommu.to_string()]);
+    }
+
+    fn push_boot(&self, arguments: &mut Vec<String>) {
+        push(arguments, &["-kernel", self.kernel, "-initrd", self.initrd, "-append", KERNEL_COMMAND_LINE]);
+        let config = option("", &[("name", FW_CFG_NAME), ("file", &self.in_runtime_dir(CONFIG_FILE))]);
+        push(arguments, &["-fw_cfg", &config]);
+        push(arguments, &["-chardev", "stdio,id=console,signal=off"]);
+        push(arguments, &["-device", &json!({ "driver": "isa-serial", "chardev": "console" }).to_string()]);
+    }
+
+    fn push_device_set(&self, arguments: &mut Vec<String>) {
+        for (id, socket) in [("control", CONTROL_SOCKET), ("window", WINDOW_SOCKET), ("doorbell", DOORBELL_SOCKET)] {
+            let chardev = option("socket", &[("id", id), ("path", &self.in_runtime_dir(socket))]);
+            push(arguments, &["-chardev", &chardev]);
+        }
+        let devices = [
+            json!({ "driver": "vhost-user-test-device-pci", "chardev": "control", "virtio-id": CONTROL_VIRTIO_ID,
+                    "num_vqs": 2, "vq_size": 64, "config_size": 64 }),
+            json!({ "driver": "vhost-user-test-device-pci", "chardev": "window", "virtio-id": WINDOW_VIRTIO_ID,
+                    "num_vqs": 1, "vq_size": 64, "config_size": 16 }),
+            json!({ "driver": "ivshmem-doorbell", "chardev": "doorbell", "vectors": self.queues }),
+        ];
+        for device in devices {
+            push(arguments, &["-device", &device.to_string()]);
+        }
+    }
+
+    fn push_disk(&self, arguments: &mut Vec<String>) {
+        for node in [protocol_node(self.image, self.disk_io, "disk-file"), format_node(self.image)] {
+            push(arguments, &["-blockdev", &node.to_string()]);
+        }
+        push(arguments, &["-object", &json!({ "qom-type": "iothread", "id": "disk-io" }).to_string()]);
+        // Errors of the host's storage go to the driver VM; the appliance VM is never stopped because of them.
+        let disk = json!({
+            "driver": "virtio-blk-pci", "drive": DISK_NODE, "serial": DISK_SERIAL, "iothread": "disk-io",
+            "num-queues": self.cpus, "werror": "report", "rerror": "report",
+            "logical_block_size": self.image.logical_block_bytes,
+            "physical_block_size": self.image.physical_block_bytes,
+        });
+        push(arguments, &["-device", &disk.to_string()]);
+    }
+
+    fn in_runtime_dir(&self, name: &str) -> String {
+        format!("{}/{name}", self.runtime_dir)
+    }
+}
+
+/// The node that opens the image, in the form of QMP's `blockdev-add`.
+pub(crate) fn protocol_node(image: &Image, io: DiskIo, name: &str) -> Value {
+    let driver = match image.kind {
+        ImageKind::File => "file",
+        ImageKind::BlockDevice => "host_device",
+    };
+    json!({
+        "driver": driver, "node-name": name, "filename": image.path, "aio": io.aio,
+        "cache": { "direct": io.direct, "no-flush": false },
+        "discard": "unmap", "read-only": image.read_only, "auto-read-only": false,
+    })
+}
+
+/// The node that takes the file as it is: no format is ever guessed from bytes that a driver VM wrote.
+fn format_node(image: &Image) -> Value {
+    json!({
+        "driver": "raw", "node-name": DISK_NODE, "file": "disk-file",
+        "discard": "unmap", "read-only": image.read_only,
+    })
+}
+
+/// A QEMU option value: an optional leading word, then `key=value` with commas inside the values doubled.
+fn option(head: &str, pairs: &[(&str, &str)]) -> String {
+    let fields = pairs.iter().map(|(key, value)| format!("{key}={}", value.replace(',', ",,")));
+    let head = (!head.is_empty()).then(|| head.to_owned());
+    head.into_iter().chain(fields).collect::<Vec<_>>().join(",")
+}
+
+fn push(arguments: &mut Vec<String>, more: &[&str]) {
+    arguments.extend(more.iter().map(|&argument| argument.to_owned()));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::size::MIB;
+
+    fn image() -> Image {
+        Image {
+            path: "/images/a,b \"c\".img".to_owned(),
+            kind: ImageKind::File,
+            size_bytes: MIB,
+            logical_block_bytes: 512,
+            physical_block_bytes: 4096,
+            read_only: true,
+        }
+    }
+
+    fn arguments(accel: Accel) -> Vec<String> {
+        let vm = ApplianceVm {
+            accel,
+            memory: Size(224 * MIB),
+            cpus: 2,
+            queues: 4,
+            uuid: "6f1c1c0e-2b57-4a55-9d0f-0d6d1f7f3a11",
+            runtime_dir: "/run/user/0/vvu/a,b",
+            kernel: "/a/vmlinuz",
+            initrd: "/a/initrd",
+            image: &image(),
+            disk_io: DISK_IO_WAYS[0],
+        };
+        vm.arguments()
+    }
+
+    /// All values of an option, in order.
+    fn values<'a>(arguments: &'a [String], name: &str) -> Vec<&'a str> {
+        arguments.windows(2).filter(|pair| pair[0] == name).map(|pair| pair[1].as_str()).collect()
+    }
+
+    fn devices(arguments: &[String]) -> Vec<Value> {
+        values(arguments, "-device").into_iter().map(|text| serde_json::from_str(text).unwrap()).collect()
+    }
+
+    #[test]
+    fn the_machine_has_nothing_but_what_it_needs() {
+        let arguments = arguments(Accel::Tcg);
+        assert_eq!(arguments[..3], ["-nodefaults", "-no-user-config", "-no-reboot"]);
+        assert_eq!(values(&arguments, "-sandbox"), [SANDBOX]);
+        assert_eq!(values(&arguments, "-run-with"), ["exit-with-parent=on"]);
+        let drivers: Vec<_> = devices(&arguments).iter().map(|device| device["driver"].clone()).collect();
+        assert_eq!(
+            drivers,
+            [
+                "intel-iommu",
+                "isa-serial",
+                "vhost-user-test-device-pci",
+                "vhost-user-test-device-pci",
+                "ivshmem-doorbell",
+                "virtio-blk-pci"
+            ]
+        );
+        assert_eq!(devices(&arguments)[4]["vectors"], 4);
+    }
+
+    #[test]
+    fn every_device_is_among_the_ones_that_are_checked() {
+        let all = devices(&arguments(Accel::Tcg));
+        let used: Vec<_> = all.iter().map(|device| device["driver"].as_str().unwrap()).collect();
+        for required in REQUIRED_DEVICES {
+            assert!(used.contains(&required), "{required} is checked but not used");
+        }
+    }
+
+    #[test]
+    fn kvm_gets_interrupt_remapping_and_a_split_irqchip() {
+        let arguments = arguments(Accel::Kvm);
+        assert_eq!((values(&arguments, "-accel"), values(&arguments, "-cpu")), (vec!["kvm"], vec!["host"]));
+        assert!(values(&arguments, "-machine")[0].contains("kernel-irqchip=split"));
+        assert_eq!(devices(&arguments)[0], json!({ "driver": "intel-iommu", "intremap": "on" }));
+    }
+
+    #[test]
+    fn tcg_translates_in_one_thread_per_cpu() {
+        let arguments = arguments(Accel::Tcg);
+        assert_eq!((values(&arguments, "-accel"), values(&arguments, "-cpu")), (vec!["tcg,thread=multi"], vec!["max"]));
+        assert!(!values(&arguments, "-machine")[0].contains("irqchip"));
+    }
+
+    #[test]
+    fn commas_in_paths_are_doubled_where_qemu_splits_at_them() {
+        let arguments = arguments(Accel::Tcg);
+        let chardevs = values(&arguments, "-chardev");
+        assert!(chardevs.contains(&"socket,id=control,path=/run/user/0/vvu/a,,b/control.sock"), "{chardevs:?}");
+        let config = "name=opt/org.vvu/appliance.json,file=/run/user/0/vvu/a,,b/appliance.json";
+        assert_eq!(values(&arguments, "-fw_cfg"), [config]);
+    }
+
+    #[test]
+    fn the_image_is_raw_read_only_as_wanted_and_named_verbatim() {
+        let arguments = arguments(Accel::Tcg);
+        let nodes: Vec<Value> =
+            values(&arguments, "-blockdev").into_iter().map(|text| serde_json::from_str(text).unwrap()).collect();
+        assert_eq!(nodes[0]["filename"], "/images/a,b \"c\".img");
+        assert_eq!(nodes[0]["cache"]["direct"], true);
+        assert_eq!(nodes[1]["driver"], "raw");
+        assert!(nodes.iter().all(|node| node["read-only"] == true));
+    }
+
+    #[test]
+    fn the_memory_is_the_same_in_both_places() {
+        let arguments = arguments(Accel::Tcg);
+        let backend: Value = serde_json::from_str(values(&arguments, "-object")[0]).unwrap();
+        assert_eq!(backend["size"], 224 * MIB);
+        assert_eq!(backend["share"], true);
+        assert_eq!(values(&arguments, "-m"), ["224M"]);
+    }
+
+    #[test]
+    fn native_aio_is_never_tried_without_o_direct() {
+        assert!(DISK_IO_WAYS.iter().all(|way| way.direct || way.aio != "native"));
+    }
+}

@@ -1,0 +1,124 @@
+//! The vhost-user socket's path: free to be bound by the bridge, or refused with the reason.
+
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
+
+use anyhow::{Context, bail};
+use rustix::fs::{Access, access};
+use tokio::net::UnixStream;
+
+use crate::runtime_dir::MAX_SOCKET_PATH_BYTES;
+
+/// Checks that the bridge can bind `path`, and removes a socket that a dead process left there.
+///
+/// Returns the absolute path.
+///
+/// # Errors
+/// One line with the remedy.
+pub(crate) async fn claim(path: &Path) -> anyhow::Result<String> {
+    let shown = path.display();
+    let absolute = std::path::absolute(path).with_context(|| format!("socket path {shown} cannot be used"))?;
+    let text = absolute.to_str().with_context(|| format!("socket path {shown} is not valid UTF-8"))?;
+    if text.len() > MAX_SOCKET_PATH_BYTES {
+        bail!("socket path {shown} has {} bytes; choose one of at most {MAX_SOCKET_PATH_BYTES}", text.len());
+    }
+    let Some(directory) = absolute.parent() else { bail!("socket path {shown} names no file") };
+    if !directory.is_dir() {
+        bail!("socket directory {0} does not exist; create it with: mkdir -p {0}", directory.display());
+    }
+    if access(directory, Access::WRITE_OK | Access::EXEC_OK).is_err() {
+        bail!("socket directory {} may not be written by this user; choose another --socket", directory.display());
+    }
+    match std::fs::symlink_metadata(&absolute) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(text.to_owned()),
+        Err(error) => return Err(error).with_context(|| format!("socket path {shown} cannot be looked at")),
+        Ok(found) if !found.file_type().is_socket() => {
+            bail!("socket path {shown} exists and is no socket; remove it or choose another --socket")
+        }
+        Ok(_) => {}
+    }
+    match UnixStream::connect(&absolute).await {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            std::fs::remove_file(&absolute).with_context(|| format!("stale socket {shown} cannot be removed"))?;
+            Ok(text.to_owned())
+        }
+        // Accepted, queued, or of another type: in every case somebody has it open.
+        _ => bail!("socket {shown} is in use by a live process; end that one or choose another --socket"),
+    }
+}
+
+/// Identity of the socket file that the bridge created, to remove that one and no other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct SocketFile {
+    device: u64,
+    inode: u64,
+}
+
+impl SocketFile {
+    /// The file that is at `path` now.
+    pub(crate) fn at(path: &str) -> Option<Self> {
+        let metadata = std::fs::symlink_metadata(path).ok()?;
+        metadata.file_type().is_socket().then(|| Self { device: metadata.dev(), inode: metadata.ino() })
+    }
+
+    /// Removes the file if it is still this one.
+    pub(crate) fn remove(self, path: &str) {
+        if Self::at(path) == Some(self) {
+            // Gone in the meantime is what was wanted.
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_live_socket_is_refused_and_a_stale_one_removed() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let refusal = claim(&path).await.unwrap_err().to_string();
+        assert!(refusal.contains("in use by a live process"), "{refusal}");
+        drop(listener);
+        assert!(path.exists());
+        claim(&path).await.unwrap();
+        assert!(!path.exists());
+    }
+
+    #[tokio::test]
+    async fn paths_that_cannot_be_bound_are_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("file");
+        std::fs::write(&file, "precious").unwrap();
+        let cases = [
+            (file.clone(), "is no socket"),
+            (directory.path().join("no/disk.sock"), "mkdir -p"),
+            (directory.path().join("x".repeat(100)), "at most 107"),
+        ];
+        for (path, expected) in cases {
+            let refusal = claim(&path).await.unwrap_err().to_string();
+            assert!(refusal.contains(expected), "{refusal}");
+        }
+        assert_eq!(std::fs::read_to_string(file).unwrap(), "precious");
+    }
+
+    #[test]
+    fn only_the_own_socket_file_is_removed() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk.sock");
+        let text = path.to_str().unwrap();
+        let _first = UnixListener::bind(&path).unwrap();
+        let own = SocketFile::at(text).unwrap();
+        std::fs::rename(&path, directory.path().join("kept")).unwrap();
+        let _second = UnixListener::bind(&path).unwrap();
+        own.remove(text);
+        assert!(path.exists());
+        SocketFile::at(text).unwrap().remove(text);
+        assert!(!path.exists());
+    }
+}
