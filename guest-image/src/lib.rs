@@ -1,1 +1,27 @@
-//! guest-image
+//! Recipes of what boots: the appliance image, and the initramfs of the driver VM that tests and demo use.
+//!
+//! Used by `cargo xtask image` ([`build_appliance_image`]) and by whole-machine tests
+//! ([`build_driver_image`], [`Initramfs`]). The same input gives the same bytes: entries are sorted,
+//! numbered in order, owned by root and dated 1970, and no path of the building machine is in them.
+//!
+//! It never fetches anything (`vvu-setup` has), never mounts, never needs root, and leaves no binary in
+//! the source tree.
+
+mod appliance;
+mod binaries;
+mod driver;
+mod elf;
+mod error;
+mod initramfs;
+mod manifest;
+mod modules;
+mod programs;
+
+pub use appliance::{ApplianceFiles, appliance_initramfs, build_appliance_image};
+pub use binaries::{ApplianceBinaries, build_appliance_binaries};
+pub use driver::build_driver_image;
+pub use error::ImageError;
+pub use initramfs::{DeviceKind, Initramfs};
+pub use manifest::{FileRecord, Manifest};
+pub use modules::ModuleTree;
+pub use programs::add_program;

@@ -2,7 +2,7 @@
 //! them with their own dynamic loader and libraries.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -36,8 +36,21 @@ pub(crate) fn unpack(archives: &[PathBuf], root: &Path) -> Result<(), SetupError
             fs::remove_dir_all(&path).map_err(at(path))?;
         }
     }
+    merge_usr(&fresh)?;
     drop_privileges_in(&fresh)?;
     fs::rename(&fresh, root).map_err(at(root))
+}
+
+/// Makes the links that an installed system has for programs that were linked before `/usr` was merged,
+/// so that `/lib64/ld-linux-x86-64.so.2` is a file in the root.
+fn merge_usr(root: &Path) -> Result<(), SetupError> {
+    for name in ["bin", "sbin", "lib", "lib64"] {
+        let (link, target) = (root.join(name), Path::new("usr").join(name));
+        if !link.exists() && root.join(&target).is_dir() {
+            symlink(&target, &link).map_err(at(link))?;
+        }
+    }
+    Ok(())
 }
 
 /// Takes set-user-id and set-group-id from all files: nobody keeps these programs up to date.
@@ -139,6 +152,18 @@ mod tests {
         let cache = tempfile::tempdir().unwrap();
         let refusal = wrap(cache.path(), "usr/bin/fio", cache.path().join("fio")).unwrap_err();
         assert!(refusal.to_string().contains("have no usr/bin/fio"));
+    }
+
+    #[test]
+    fn links_of_a_merged_usr_are_made_and_real_directories_stay() {
+        let root = tempfile::tempdir().unwrap();
+        for path in ["usr/lib64", "usr/lib", "lib"] {
+            fs::create_dir_all(root.path().join(path)).unwrap();
+        }
+        merge_usr(root.path()).unwrap();
+        assert_eq!(fs::read_link(root.path().join("lib64")).unwrap(), Path::new("usr/lib64"));
+        assert!(!root.path().join("lib").is_symlink());
+        assert!(!root.path().join("bin").exists());
     }
 
     #[test]

@@ -9,7 +9,7 @@ const APPLIANCE_SUITE: &str = "trixie";
 const APPLIANCE_BACKPORTS: &str = "trixie-backports";
 
 /// Counts changes in how roots are unpacked that their packages do not show.
-const LAYOUT: u32 = 1;
+const LAYOUT: u32 = 2;
 
 /// One private root.
 #[derive(Debug)]

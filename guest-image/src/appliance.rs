@@ -1,0 +1,99 @@
+//! The appliance image: a stock kernel, and an initramfs that holds only what runs in it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use vvu_setup::Setup;
+
+use crate::binaries::{ApplianceBinaries, build_appliance_binaries};
+use crate::error::{ImageError, at};
+use crate::initramfs::{DeviceKind, Initramfs};
+use crate::manifest::{FileRecord, Manifest};
+use crate::modules::ModuleTree;
+
+/// Kernel modules of the appliance; what they depend on comes along.
+const MODULES: [&str; 13] = [
+    // The configuration.
+    "qemu_fw_cfg",
+    // The disk.
+    "virtio_pci",
+    "virtio_blk",
+    // The window: a virtio-pmem device that becomes a device-DAX node.
+    "libnvdimm",
+    "nd_btt",
+    "nd_pmem",
+    "nd_virtio",
+    "device_dax",
+    "dax_pmem",
+    "virtio_pmem",
+    // The control device and the doorbell device, driven from user space.
+    "irqbypass",
+    "vfio_iommu_type1",
+    "vfio-pci",
+];
+
+/// The files of a built image.
+#[derive(Clone, Debug)]
+pub struct ApplianceFiles {
+    /// Kernel image.
+    pub kernel: PathBuf,
+    /// Initramfs.
+    pub initrd: PathBuf,
+    /// What is in it.
+    pub manifest: Manifest,
+}
+
+/// Builds `vmlinuz`, `initrd` and `manifest.json` in `target/appliance` of the given workspace.
+///
+/// # Errors
+/// Any [`ImageError`].
+pub fn build_appliance_image(setup: &Setup, workspace: &Path) -> Result<ApplianceFiles, ImageError> {
+    let binaries = build_appliance_binaries(workspace)?;
+    let (image, modules) = appliance_initramfs(setup, &binaries)?;
+    let kernel = fs::read(&setup.kernel).map_err(at(&setup.kernel))?;
+    // Not compressed: QEMU hands it over faster than a guest unpacks it, above all without KVM.
+    let initrd = image.finish()?;
+    let manifest = Manifest {
+        kernel_release: setup.kernel_release.clone(),
+        kernel: FileRecord::of("vmlinuz", &kernel),
+        initrd: FileRecord::of("initrd", &initrd),
+        files: image.files(),
+        modules,
+    };
+    let directory = workspace.join("target/appliance");
+    fs::create_dir_all(&directory).map_err(at(&directory))?;
+    let mut json = serde_json::to_vec_pretty(&manifest)?;
+    json.push(b'\n');
+    for (name, bytes) in [("vmlinuz", &kernel), ("initrd", &initrd), ("manifest.json", &json)] {
+        write_whole(&directory.join(name), bytes)?;
+    }
+    Ok(ApplianceFiles { kernel: directory.join("vmlinuz"), initrd: directory.join("initrd"), manifest })
+}
+
+/// The appliance's initramfs and its modules in load order.
+///
+/// # Errors
+/// Any [`ImageError`] but those of building.
+pub fn appliance_initramfs(
+    setup: &Setup,
+    binaries: &ApplianceBinaries,
+) -> Result<(Initramfs, Vec<String>), ImageError> {
+    let mut image = Initramfs::new();
+    for (path, file) in [("init", &binaries.agent), ("bin/vvu-blk", &binaries.blk)] {
+        image.add_file(path, 0o755, fs::read(file).map_err(at(file))?)?;
+    }
+    // Before the agent has mounted anything, the kernel opens this for its standard streams.
+    image.add_node("dev/console", 0o600, DeviceKind::Character, 5, 1)?;
+    for mount_point in ["proc", "sys", "run", "tmp"] {
+        image.add_dir(mount_point, 0o755)?;
+    }
+    let modules = ModuleTree::open(&setup.modules)?.add_to(&mut image, &MODULES)?;
+    Ok((image, modules))
+}
+
+/// Replaces a file by a rename: a VM that starts meanwhile reads the old or the new one.
+pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), ImageError> {
+    let fresh = path.with_extension("new");
+    fs::write(&fresh, bytes).map_err(at(&fresh))?;
+    fs::rename(&fresh, path).map_err(at(path))
+}

@@ -1,0 +1,63 @@
+//! Builds the appliance's programs: static, small, and without a path of the building machine.
+
+use std::env;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use crate::ImageError;
+use crate::error::at;
+
+/// Target of the static programs; naming it keeps flags away from build scripts.
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+/// Profile in the workspace's `Cargo.toml`.
+const PROFILE: &str = "appliance";
+/// Separates flags in `CARGO_ENCODED_RUSTFLAGS` (Cargo reference, "Environment variables").
+const FLAG_SEPARATOR: &str = "\u{1f}";
+
+/// The appliance's own programs.
+#[derive(Clone, Debug)]
+pub struct ApplianceBinaries {
+    /// PID 1 of the appliance.
+    pub agent: PathBuf,
+    /// The block back-end.
+    pub blk: PathBuf,
+}
+
+/// Builds the appliance's programs in `target/appliance-build` of the given workspace.
+///
+/// # Errors
+/// [`ImageError::Cargo`] and [`ImageError::Build`]; cargo itself says why on standard error.
+pub fn build_appliance_binaries(workspace: &Path) -> Result<ApplianceBinaries, ImageError> {
+    let target_directory = workspace.join("target/appliance-build");
+    let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let flags = [vec!["-C".into(), "target-feature=+crt-static".into()], remapped_paths(workspace)?].concat();
+    let status = Command::new(cargo)
+        .current_dir(workspace)
+        .args(["build", "--quiet", "--profile", PROFILE, "--target", TARGET])
+        .args(["--package", "vvu-agent", "--package", "vvu-blk", "--target-dir"])
+        .arg(&target_directory)
+        .env("CARGO_ENCODED_RUSTFLAGS", flags.join(FLAG_SEPARATOR))
+        // Flags of this process's own build would be added to ours.
+        .env_remove("RUSTFLAGS")
+        .stdin(Stdio::null())
+        .status()
+        .map_err(ImageError::Cargo)?;
+    if !status.success() {
+        return Err(ImageError::Build);
+    }
+    let directory = target_directory.join(TARGET).join(PROFILE);
+    Ok(ApplianceBinaries { agent: directory.join("vvu-agent"), blk: directory.join("vvu-blk") })
+}
+
+/// Options that keep this machine's paths out of panic messages.
+fn remapped_paths(workspace: &Path) -> Result<Vec<String>, ImageError> {
+    let workspace = workspace.canonicalize().map_err(at(workspace))?;
+    let home = env::var_os("HOME").unwrap_or_default();
+    let below_home = |variable: &str, name: &str| -> OsString {
+        env::var_os(variable).unwrap_or_else(|| Path::new(&home).join(name).into())
+    };
+    let (cargo, rustup) = (below_home("CARGO_HOME", ".cargo"), below_home("RUSTUP_HOME", ".rustup"));
+    let remap = |from: &Path, to: &str| format!("--remap-path-prefix={}={to}", from.display());
+    Ok(vec![remap(Path::new(&rustup), "/rustup"), remap(Path::new(&cargo), "/cargo"), remap(&workspace, "/vvu")])
+}
