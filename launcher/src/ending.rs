@@ -12,6 +12,9 @@ const KNOWN_FAILURES: [(&str, &str); 3] = [
     ("Cannot allocate memory", "the host has too little memory; lower --memory or --window"),
 ];
 
+/// How the appliance's kernel begins its last words.
+const PANIC: &str = "Kernel panic - not syncing";
+
 /// The end of a run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Ending {
@@ -55,9 +58,10 @@ impl Ending {
 
     /// The appliance VM ended by itself.
     pub(crate) fn appliance_ended(status: ExitStatus, last_lines: Vec<String>) -> Self {
+        let panic = last_lines.iter().find_map(|line| line.find(PANIC).and_then(|at| line.get(at..)));
         let known = KNOWN_FAILURES.iter().find(|(text, _)| last_lines.iter().any(|line| line.contains(text)));
-        let message = match known {
-            Some((_, meaning)) => format!("the appliance VM ended ({status}): {meaning}"),
+        let message = match known.map(|(_, meaning)| *meaning).or(panic) {
+            Some(meaning) => format!("the appliance VM ended ({status}): {meaning}"),
             None => format!("the appliance VM ended ({status})"),
         };
         Self::failure("appliance-ended", message, last_lines)
@@ -97,10 +101,14 @@ mod tests {
     }
 
     #[test]
-    fn a_locked_image_is_explained() {
+    fn a_death_is_explained_where_its_last_words_tell() {
         let lines = vec!["qemu: -device {...}: Failed to get \"write\" lock".to_owned()];
         let ending = Ending::appliance_ended(ExitStatus::from_raw(1 << 8), lines);
         assert!(ending.message.contains("in use by another process"), "{}", ending.message);
+        let lines =
+            vec!["[    5.7] Kernel panic - not syncing: no init".to_owned(), "[    5.8] Call Trace:".to_owned()];
+        let panic = Ending::appliance_ended(ExitStatus::from_raw(0), lines);
+        assert_eq!(panic.message, "the appliance VM ended (exit status: 0): Kernel panic - not syncing: no init");
         let unknown = Ending::appliance_ended(ExitStatus::from_raw(9), vec![]);
         assert_eq!(unknown.message, "the appliance VM ended (signal: 9 (SIGKILL))");
     }

@@ -29,6 +29,9 @@ const MAX_PENDING: usize = 4096;
 /// Size at which a log file is set aside as `NAME.1` (replacing the last one) and begun anew, in bytes.
 const MAX_LOG_FILE_BYTES: u64 = 16 * 1024 * 1024;
 
+/// Last lines of a dead child that are repeated to a person, who saw them go by; programs get all that are kept.
+const MAX_LINES_SHOWN: usize = 10;
+
 /// Longest wait for the reader of our output when all is over.
 const FLUSH_LIMIT: Duration = Duration::from_secs(2);
 
@@ -304,7 +307,8 @@ fn text_of(event: &Event) -> (String, String) {
             let mut text = format!("vvu: {message}\n");
             if *exit_code != 0 && !last_lines.is_empty() {
                 text.push_str("vvu: its last lines were:\n");
-                text.extend(last_lines.iter().map(|line| format!("  | {line}\n")));
+                let from = last_lines.len().saturating_sub(MAX_LINES_SHOWN);
+                text.extend(last_lines.iter().skip(from).map(|line| format!("  | {line}\n")));
             }
             (String::new(), text)
         }

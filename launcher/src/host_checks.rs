@@ -132,10 +132,13 @@ pub(crate) fn memory(meminfo: &str, needed: Size) -> Check {
         None => Check::warning("memory", "/proc/meminfo does not tell the free memory", "mount /proc"),
         Some(free) if free < needed => Check::failed(
             "memory",
-            format!("{free} free, an appliance of default size takes {needed}"),
+            format!("{} free, an appliance of default size takes {}", free.in_mebibytes(), needed.in_mebibytes()),
             "free memory, or give a smaller --memory and --window",
         ),
-        Some(free) => Check::ok("memory", format!("{free} free, an appliance of default size takes {needed}")),
+        Some(free) => Check::ok(
+            "memory",
+            format!("{} free, an appliance of default size takes {}", free.in_mebibytes(), needed.in_mebibytes()),
+        ),
     }
 }
 
@@ -206,7 +209,7 @@ mod tests {
         let meminfo = "MemTotal:  2000000 kB\nMemAvailable:   1048576 kB\n";
         let fits = memory(meminfo, Size(224 * MIB));
         assert_eq!((fits.status, fits.remedy), (Status::Ok, None));
-        assert!(fits.found.starts_with("1G free"), "{}", fits.found);
+        assert!(fits.found.starts_with("1024 MiB free"), "{}", fits.found);
         assert_eq!(memory(meminfo, Size(2 * GIB)).status, Status::Failed);
         assert_eq!(memory("", Size(GIB)).status, Status::Warning);
     }

@@ -25,8 +25,8 @@ const BURST_LINES: u32 = 2000;
 /// Lines per second that are passed on after a burst.
 const LINES_PER_SECOND: u32 = 100;
 
-/// Lines kept to explain a death.
-const TAIL_LINES: usize = 10;
+/// Lines kept to explain a death: a kernel's last words with their call trace.
+const TAIL_LINES: usize = 30;
 
 /// Bytes read from a child at once.
 const READ_BYTES: usize = 8192;

@@ -56,6 +56,13 @@ impl FromStr for Size {
     }
 }
 
+impl Size {
+    /// The size in whole mebibytes, rounded down, for measured values that nobody wants to read to the byte.
+    pub(crate) fn in_mebibytes(self) -> String {
+        format!("{} MiB", self.0 / MIB)
+    }
+}
+
 impl fmt::Display for Size {
     /// Writes the largest unit that divides the number, so that nothing is lost: `4G`, `224M`, `1000`.
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
