@@ -1,1 +1,25 @@
-//! host-bridge
+//! The host bridge: one process that relays one vhost-user device into one appliance VM.
+//!
+//! ```text
+//!   front-end ──vhost-user──► [front_end] ─► [session] ─► [appliance::control] ──virtqueues──► agent
+//!   (driver VM's VMM)             │          [translate]   [appliance::window]  ──SHMEM_MAP──► appliance's VMM
+//!                             [doorbells] ◄──eventfds──►   [appliance::doorbell]──ivshmem────► appliance's VMM
+//! ```
+//!
+//! - [`bridge`] starts and ends everything and holds the life cycle;
+//! - [`session`] takes the requests of one front-end, one after the other, and says for each who answers it;
+//! - `translate` is the one place where a file descriptor becomes a handle;
+//! - `doorbells` is the one place where the eventfds of kicks and calls are chosen, and relays them;
+//! - [`appliance`] is the device set towards the appliance's VMM.
+//!
+//! Never here: device code, parsing of images or packets, a mapping of driver memory, a disk, a network. The only memory that
+//! it maps is the appliance's own, for the two queues of the control device.
+
+pub mod appliance;
+pub mod bridge;
+pub mod cli;
+pub mod doorbells;
+mod features;
+pub mod front_end;
+pub mod session;
+mod translate;

@@ -1,3 +1,31 @@
-//! vvu-bridge
+//! `vvu-bridge`: parses, runs, and turns an error into one line and an exit code.
 
-fn main() {}
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use clap::Parser;
+use tracing_subscriber::EnvFilter;
+use vvu_bridge::bridge;
+use vvu_bridge::cli::Options;
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    if options.print_capabilities {
+        let capabilities = serde_json::json!({ "type": options.class.capability_type(), "features": [] });
+        return exit_code(writeln!(io::stdout(), "{capabilities:#}").map_err(Into::into));
+    }
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(false).init();
+    exit_code(bridge::run(options))
+}
+
+fn exit_code(result: anyhow::Result<()>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Nothing can be done about a standard error that is closed.
+            let _ = writeln!(io::stderr(), "vvu-bridge: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

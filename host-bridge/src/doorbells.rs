@@ -1,0 +1,247 @@
+//! Where the eventfds of kicks, calls and errors are chosen, and relayed.
+//!
+//! Each queue has one vector (kick) and two peers (call and error), all with eventfds of the bridge that live as long as
+//! the appliance. A signal is passed on from the front-end's eventfd to the bridge's, or the other way round. Nothing else
+//! in the bridge knows that, so that a direct way from one VM to the other replaces this module alone.
+
+use std::cell::RefCell;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
+
+use tokio::task::JoinHandle;
+use vvu_protocol::doorbell::{PeerId, Vector};
+use vvu_socket::event::{self, Event, EventError, check_kind};
+
+/// The front-end's end of a signal out of the appliance. A signal that comes while there is none is kept.
+#[derive(Debug, Default)]
+struct Target {
+    descriptor: Option<OwnedFd>,
+    pending: bool,
+}
+
+impl Target {
+    fn deliver(&mut self) -> io::Result<()> {
+        match &self.descriptor {
+            Some(descriptor) => {
+                self.pending = false;
+                event::signal(descriptor)
+            }
+            None => {
+                self.pending = true;
+                Ok(())
+            }
+        }
+    }
+}
+
+/// A signal out of the appliance: the peer's eventfd, and the task that passes it on.
+#[derive(Debug)]
+struct Outward {
+    peer: PeerId,
+    descriptor: OwnedFd,
+    target: Rc<RefCell<Target>>,
+    relay: JoinHandle<()>,
+}
+
+impl Drop for Outward {
+    fn drop(&mut self) {
+        self.relay.abort();
+    }
+}
+
+impl Outward {
+    fn new(peer: PeerId) -> Result<Self, EventError> {
+        let descriptor = event::create()?;
+        let source = Event::new(descriptor.try_clone()?)?;
+        let target = Rc::new(RefCell::new(Target::default()));
+        let relay = tokio::task::spawn_local(relay_outward(peer, source, Rc::clone(&target)));
+        Ok(Self { peer, descriptor, target, relay })
+    }
+
+    fn set_target(&self, descriptor: Option<OwnedFd>) -> io::Result<()> {
+        let mut target = self.target.borrow_mut();
+        target.descriptor = descriptor;
+        if target.pending { target.deliver() } else { Ok(()) }
+    }
+
+    /// Passes on at once what has been signalled so far.
+    fn flush(&self) -> io::Result<()> {
+        if event::take(&self.descriptor)?.is_some() { self.target.borrow_mut().deliver() } else { Ok(()) }
+    }
+
+    /// Forgets the front-end and what was signalled for it.
+    fn reset(&self) -> io::Result<()> {
+        event::take(&self.descriptor)?;
+        *self.target.borrow_mut() = Target::default();
+        Ok(())
+    }
+}
+
+/// Eventfds of one queue.
+#[derive(Debug)]
+struct QueueDoorbells {
+    kick: OwnedFd,
+    kick_relay: Option<JoinHandle<()>>,
+    call: Outward,
+    error: Outward,
+}
+
+impl QueueDoorbells {
+    fn stop_kicks(&mut self) {
+        if let Some(relay) = self.kick_relay.take() {
+            relay.abort();
+        }
+    }
+}
+
+/// All eventfds of the device. Needs a tokio `LocalSet`.
+#[derive(Debug)]
+pub struct Doorbells {
+    queues: Vec<QueueDoorbells>,
+}
+
+/// What the doorbell device is told at its start.
+#[derive(Debug)]
+pub struct Announcement {
+    /// Eventfds of the appliance's own vectors, in order.
+    pub vectors: Vec<OwnedFd>,
+    /// The peers, each with the eventfd of its only vector.
+    pub peers: Vec<(PeerId, OwnedFd)>,
+}
+
+/// Which signal out of the appliance is meant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum OutwardSignal {
+    /// The used ring has something new.
+    Call,
+    /// The vring is broken.
+    Error,
+}
+
+impl Doorbells {
+    /// Eventfds for `queue_count` queues.
+    ///
+    /// # Errors
+    /// If the process has too many open files.
+    pub fn new(queue_count: u16) -> Result<Self, EventError> {
+        let queues = (0..queue_count)
+            .map(|index| {
+                // Peer 0 is the appliance's own device.
+                let call = Outward::new(PeerId(1 + 2 * index))?;
+                let error = Outward::new(PeerId(2 + 2 * index))?;
+                Ok(QueueDoorbells { kick: event::create()?, kick_relay: None, call, error })
+            })
+            .collect::<Result<_, EventError>>()?;
+        Ok(Self { queues })
+    }
+
+    /// Number of queues.
+    #[must_use]
+    pub fn queue_count(&self) -> usize {
+        self.queues.len()
+    }
+
+    /// Duplicates of all eventfds for the doorbell device.
+    ///
+    /// # Errors
+    /// If the process has too many open files.
+    pub fn announce(&self) -> io::Result<Announcement> {
+        let vectors = self.queues.iter().map(|queue| queue.kick.try_clone()).collect::<io::Result<_>>()?;
+        let peers = self
+            .queues
+            .iter()
+            .flat_map(|queue| [&queue.call, &queue.error])
+            .map(|outward| Ok((outward.peer, outward.descriptor.try_clone()?)))
+            .collect::<io::Result<_>>()?;
+        Ok(Announcement { vectors, peers })
+    }
+
+    /// The vector that stands for the kick of queue `index`, or `None` if there is no such queue.
+    pub(crate) fn vector(&self, index: u8) -> Option<Vector> {
+        self.queues.get(usize::from(index)).map(|_| Vector(u16::from(index)))
+    }
+
+    /// The peer that stands for a signal of queue `index`, or `None` if there is no such queue.
+    pub(crate) fn peer(&self, index: u8, signal: OutwardSignal) -> Option<PeerId> {
+        self.outward(usize::from(index), signal).map(|outward| outward.peer)
+    }
+
+    fn outward(&self, index: usize, signal: OutwardSignal) -> Option<&Outward> {
+        self.queues.get(index).map(|queue| match signal {
+            OutwardSignal::Call => &queue.call,
+            OutwardSignal::Error => &queue.error,
+        })
+    }
+
+    /// Passes kicks of the front-end on to the appliance from now on, or no longer.
+    pub(crate) fn set_kick(&mut self, index: u8, descriptor: Option<OwnedFd>) -> Result<(), EventError> {
+        let Some(queue) = self.queues.get_mut(usize::from(index)) else { return Ok(()) };
+        queue.stop_kicks();
+        if let Some(descriptor) = descriptor {
+            let source = Event::new(descriptor)?;
+            let target = queue.kick.try_clone()?;
+            queue.kick_relay = Some(tokio::task::spawn_local(relay_kicks(index, source, target)));
+        }
+        Ok(())
+    }
+
+    /// Passes a signal of the appliance on to this eventfd of the front-end from now on, or keeps it until there is one.
+    pub(crate) fn set_target(
+        &self,
+        index: u8,
+        signal: OutwardSignal,
+        descriptor: Option<OwnedFd>,
+    ) -> Result<(), EventError> {
+        if let Some(descriptor) = &descriptor {
+            check_kind(descriptor.as_fd())?;
+        }
+        let outward = self.outward(usize::from(index), signal);
+        Ok(outward.map_or(Ok(()), |outward| outward.set_target(descriptor))?)
+    }
+
+    /// A vring has stopped: no kick is passed on any more, and every call that was made before is passed on now.
+    pub(crate) fn stop(&mut self, index: u32) -> io::Result<()> {
+        let Some(queue) = usize::try_from(index).ok().and_then(|index| self.queues.get_mut(index)) else {
+            return Ok(());
+        };
+        queue.stop_kicks();
+        queue.call.flush()
+    }
+
+    /// The session has ended: nothing of its front-end is kept.
+    pub(crate) fn reset(&mut self) -> io::Result<()> {
+        for queue in &mut self.queues {
+            queue.stop_kicks();
+            queue.call.reset()?;
+            queue.error.reset()?;
+        }
+        Ok(())
+    }
+}
+
+async fn relay_kicks(index: u8, source: Event, target: OwnedFd) {
+    loop {
+        let relayed = match source.signalled().await {
+            Ok(_) => event::signal(&target),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = relayed {
+            tracing::warn!(queue = index, %error, "kicks are no longer relayed");
+            return;
+        }
+    }
+}
+
+async fn relay_outward(peer: PeerId, source: Event, target: Rc<RefCell<Target>>) {
+    loop {
+        let relayed = match source.signalled().await {
+            Ok(_) => target.borrow_mut().deliver(),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = relayed {
+            tracing::warn!(peer = peer.0, %error, "signals are no longer relayed");
+            return;
+        }
+    }
+}

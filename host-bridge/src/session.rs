@@ -1,0 +1,462 @@
+//! One session: the requests of one front-end, one after the other, from its connection to its end.
+//!
+//! Each request is decoded once, and then answered by the bridge itself, by the agent, or refused by name. The bridge waits
+//! for the agent's answer before it takes the next request, so there is never more than one under way. What was not done
+//! is never answered as done; if a failure cannot be told because the front-end asked for no answer, the session ends.
+//!
+//! A front-end's fault ends its session and nothing else. What the appliance does wrong ends the bridge: the appliance has
+//! to be started anew with a new one.
+
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use vvu_protocol::DecodeError;
+use vvu_protocol::control::{Channel, Frame, Handle};
+use vvu_protocol::features::{Features, ProtocolFeatures};
+use vvu_protocol::memory::{MAX_TABLE_REGIONS, MemoryError, MemoryRegion, check_table};
+use vvu_protocol::message::{
+    BackEndReply, FrontEndReply, FrontEndRequest, RawMessage, VringAddresses, VringFile, VringState,
+};
+use vvu_protocol::window::{Layout, Plan, RegionOfFile, WindowError};
+use vvu_socket::event::EventError;
+use vvu_socket::{MessageSocket, SocketError};
+
+use crate::appliance::control::{ControlPort, ControlState};
+use crate::appliance::window::WindowPort;
+use crate::appliance::{ApplianceError, file_identity};
+use crate::doorbells::{Doorbells, OutwardSignal};
+use crate::{features, translate};
+
+/// How long the agent may take for an answer. GET_VRING_BASE waits for all requests in flight, on a disk that may be slow.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(90);
+
+/// Answer that says "not done". The specification gives its value no further meaning.
+const REFUSED: u64 = 1;
+
+/// What a session works with: the device set, and what of the driver VM is in the window.
+#[derive(Debug)]
+pub struct Appliance {
+    /// The control device.
+    pub control: ControlPort,
+    /// The window device.
+    pub window: WindowPort,
+    /// The eventfds.
+    pub doorbells: Doorbells,
+    /// What is mapped.
+    pub layout: Layout,
+}
+
+/// Why a session ended.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// The front-end's socket failed, or what came was no message.
+    #[error("front-end")]
+    Socket(#[from] SocketError),
+    /// A message of the front-end could not be decoded.
+    #[error("front-end sent a message that is not valid")]
+    Decode(#[from] DecodeError),
+    /// The front-end uses a feature that it was not offered.
+    #[error("front-end sets features {found:#x}, of which {surplus:#x} were not offered")]
+    Features {
+        /// What it sets.
+        found: u64,
+        /// What of that was not offered.
+        surplus: u64,
+    },
+    /// The front-end names a queue that does not exist.
+    #[error("front-end names queue {found}, the device has {count}")]
+    Queue {
+        /// Index that came.
+        found: u32,
+        /// Number of queues.
+        count: usize,
+    },
+    /// A request failed, and the front-end did not ask for an answer.
+    #[error("{request} failed, and the front-end cannot be told otherwise")]
+    Untold {
+        /// Name of the request.
+        request: &'static str,
+    },
+    /// A request has a reply of its own, but this bridge does not carry it.
+    #[error("front-end sent {request}, which it was not offered")]
+    NotOffered {
+        /// Name of the request.
+        request: &'static str,
+    },
+    /// The back-end in the appliance has gone.
+    #[error("the back-end in the appliance went down")]
+    BackEndDown,
+    /// The appliance broke the protocol, or is gone.
+    #[error("appliance")]
+    Appliance(#[from] ApplianceError),
+}
+
+/// Why a memory table was refused; the session goes on with the table before.
+#[derive(Debug, thiserror::Error)]
+enum TableError {
+    #[error("memory table")]
+    Table(#[from] MemoryError),
+    #[error("memory table does not fit the window")]
+    Window(#[from] WindowError),
+    #[error("memory table: file of a region")]
+    File(#[source] ApplianceError),
+    #[error("memory table")]
+    Refused(#[source] ApplianceError),
+    #[error("memory table: the back-end answered {0}")]
+    BackEnd(u64),
+}
+
+enum Answer {
+    Reply(FrontEndReply<OwnedFd>),
+    Acknowledgement(u64),
+}
+
+/// One session.
+#[derive(Debug)]
+pub struct Session<'a> {
+    number: u32,
+    front_end: MessageSocket,
+    appliance: &'a mut Appliance,
+    state: watch::Receiver<ControlState>,
+    downs: u64,
+    offered: Features,
+    offered_protocol: ProtocolFeatures,
+    protocol: ProtocolFeatures,
+}
+
+impl<'a> Session<'a> {
+    /// A session of a front-end that has just connected. `number` is larger than that of every session before.
+    #[must_use]
+    pub fn new(number: u32, front_end: MessageSocket, appliance: &'a mut Appliance) -> Self {
+        let state = appliance.control.state();
+        let downs = state.borrow().downs;
+        Self {
+            number,
+            front_end,
+            appliance,
+            state,
+            downs,
+            offered: Features::empty(),
+            offered_protocol: ProtocolFeatures::empty(),
+            protocol: ProtocolFeatures::empty(),
+        }
+    }
+
+    /// Serves the front-end until it closes its socket.
+    ///
+    /// # Errors
+    /// [`SessionError`] says what else ended the session.
+    pub async fn run(mut self) -> Result<(), SessionError> {
+        loop {
+            let downs = self.downs;
+            tokio::select! {
+                message = self.front_end.recv() => match message? {
+                    Some(message) => self.serve(message).await?,
+                    None => return Ok(()),
+                },
+                frame = self.appliance.control.recv() => self.unasked(frame?).await?,
+                () = went_down(&mut self.state, downs) => return Err(SessionError::BackEndDown),
+            }
+        }
+    }
+
+    async fn serve(&mut self, message: RawMessage<OwnedFd>) -> Result<(), SessionError> {
+        let header = message.header;
+        if header.is_reply {
+            return Err(DecodeError::Flags { found: header.request }.into());
+        }
+        let request = FrontEndRequest::decode(message)?;
+        let name = request.name();
+        tracing::debug!(session = self.number, request = name, code = header.request, "request of the front-end");
+        let reply = match self.handle(request).await? {
+            Answer::Reply(reply) => reply,
+            Answer::Acknowledgement(value) => {
+                let asked = header.needs_reply && self.protocol.contains(ProtocolFeatures::REPLY_ACK);
+                match (asked, value) {
+                    (true, value) => FrontEndReply::Acknowledgement(value),
+                    (false, 0) => return Ok(()),
+                    (false, _) => return Err(SessionError::Untold { request: name }),
+                }
+            }
+        };
+        Ok(self.front_end.send(&reply.encode(header.request)).await?)
+    }
+
+    async fn handle(&mut self, request: FrontEndRequest<OwnedFd>) -> Result<Answer, SessionError> {
+        use FrontEndRequest as R;
+        match request {
+            R::GetFeatures => self.offer().await,
+            R::SetFeatures(features) => self.set_features(features).await,
+            R::GetProtocolFeatures => self.offer_protocol().await,
+            R::SetProtocolFeatures(features) => self.set_protocol_features(features).await,
+            R::GetQueueNum => self.queue_count().await,
+            R::SetMemTable(table) => self.set_memory(table).await,
+            R::SetVringKick(file) => self.set_kick(file).await,
+            R::SetVringCall(file) => self.set_outward(OutwardSignal::Call, file).await,
+            R::SetVringErr(file) => self.set_outward(OutwardSignal::Error, file).await,
+            R::GetVringBase(state) => self.stop_vring(state).await,
+            R::SetVringNum(VringState { index, .. })
+            | R::SetVringBase(VringState { index, .. })
+            | R::SetVringEnable(VringState { index, .. })
+            | R::SetVringAddr(VringAddresses { index, .. }) => {
+                self.check_queue(index)?;
+                self.relay(request).await
+            }
+            other => self.relay(other).await,
+        }
+    }
+
+    /// Sends a request to the agent as it is, and its answer back.
+    async fn relay(&mut self, request: FrontEndRequest<OwnedFd>) -> Result<Answer, SessionError> {
+        let (name, row) = (request.name(), request.row());
+        let Some(request) = translate::without_descriptors(request) else {
+            tracing::warn!(session = self.number, request = name, "refused: not carried");
+            return match row.map(|row| row.reply) {
+                None | Some(vvu_protocol::message::ReplyPayload::None) => Ok(Answer::Acknowledgement(REFUSED)),
+                Some(_) => Err(SessionError::NotOffered { request: name }),
+            };
+        };
+        match self.ask(request).await? {
+            FrontEndReply::Acknowledgement(value) => Ok(Answer::Acknowledgement(value)),
+            FrontEndReply::Number(value) => Ok(Answer::Reply(FrontEndReply::Number(value))),
+            FrontEndReply::VringState(state) => Ok(Answer::Reply(FrontEndReply::VringState(state))),
+            FrontEndReply::Config(config) => Ok(Answer::Reply(FrontEndReply::Config(config))),
+            _ => Err(unexpected_answer(name)),
+        }
+    }
+
+    async fn offer(&mut self) -> Result<Answer, SessionError> {
+        let value = self.ask_number(FrontEndRequest::GetFeatures).await?;
+        self.offered = features::offer(value);
+        Ok(Answer::Reply(FrontEndReply::Number(self.offered.bits())))
+    }
+
+    async fn set_features(&mut self, features: Features) -> Result<Answer, SessionError> {
+        check_offered(features.bits(), self.offered.bits())?;
+        self.relay(FrontEndRequest::SetFeatures(features)).await
+    }
+
+    async fn offer_protocol(&mut self) -> Result<Answer, SessionError> {
+        let value = self.ask_number(FrontEndRequest::GetProtocolFeatures).await?;
+        self.offered_protocol = features::offer_protocol(value);
+        Ok(Answer::Reply(FrontEndReply::Number(self.offered_protocol.bits())))
+    }
+
+    async fn set_protocol_features(&mut self, protocol: ProtocolFeatures) -> Result<Answer, SessionError> {
+        check_offered(protocol.bits(), self.offered_protocol.bits())?;
+        self.protocol = protocol;
+        self.relay(FrontEndRequest::SetProtocolFeatures(protocol.difference(features::OWN_PROTOCOL))).await
+    }
+
+    async fn queue_count(&mut self) -> Result<Answer, SessionError> {
+        let back_end = self.ask_number(FrontEndRequest::GetQueueNum).await?;
+        let count = back_end.min(self.appliance.doorbells.queue_count() as u64);
+        Ok(Answer::Reply(FrontEndReply::Number(count)))
+    }
+
+    async fn set_kick(&mut self, file: VringFile<OwnedFd>) -> Result<Answer, SessionError> {
+        let vector = self.appliance.doorbells.vector(file.index).ok_or(self.no_queue(file.index))?;
+        let translated = translate::vring_file(&file, Handle::Vector(vector));
+        let value = self.ask_acknowledgement(FrontEndRequest::SetVringKick(translated)).await?;
+        if value == 0 {
+            // After the answer: only then somebody listens at the vector. What was signalled before is still there.
+            let set = self.appliance.doorbells.set_kick(file.index, file.descriptor);
+            return Ok(Answer::Acknowledgement(outcome("SET_VRING_KICK", set)));
+        }
+        Ok(Answer::Acknowledgement(value))
+    }
+
+    async fn set_outward(&mut self, signal: OutwardSignal, file: VringFile<OwnedFd>) -> Result<Answer, SessionError> {
+        let peer = self.appliance.doorbells.peer(file.index, signal).ok_or(self.no_queue(file.index))?;
+        let translated = translate::vring_file(&file, Handle::Peer(peer));
+        // Before the request: the back-end may signal as soon as it has it.
+        let set = self.appliance.doorbells.set_target(file.index, signal, file.descriptor);
+        if outcome("eventfd of a vring", set) != 0 {
+            return Ok(Answer::Acknowledgement(REFUSED));
+        }
+        let request = match signal {
+            OutwardSignal::Call => FrontEndRequest::SetVringCall(translated),
+            OutwardSignal::Error => FrontEndRequest::SetVringErr(translated),
+        };
+        self.ask_acknowledgement(request).await.map(Answer::Acknowledgement)
+    }
+
+    /// The driver VM's VMM takes the vring back with the answer: no call may come later.
+    async fn stop_vring(&mut self, state: VringState) -> Result<Answer, SessionError> {
+        self.check_queue(state.index)?;
+        let answer = self.relay(FrontEndRequest::GetVringBase(state)).await?;
+        let stopped = self.appliance.doorbells.stop(state.index);
+        stopped.map_err(|source| ApplianceError::Io { what: "eventfds of a vring", source })?;
+        Ok(answer)
+    }
+
+    /// Maps what is new, tells the back-end, unmaps what is old, and only then answers.
+    async fn set_memory(&mut self, table: Vec<(MemoryRegion, OwnedFd)>) -> Result<Answer, SessionError> {
+        let session = self.number;
+        let plan = match plan_table(&self.appliance.layout, &table) {
+            Ok(plan) => plan,
+            Err(error) => return Ok(refuse(session, &error)),
+        };
+        if let Err((mapped, error)) = self.map_new(&plan, &table).await? {
+            self.unmap(plan.map.get(..mapped).unwrap_or_default()).await?;
+            return Ok(refuse(session, &TableError::Refused(error)));
+        }
+        let regions: Vec<MemoryRegion> = table.iter().map(|(region, _)| *region).collect();
+        let value = self.ask_acknowledgement(translate::memory_table(&regions, &plan.offsets)).await?;
+        if value != 0 {
+            self.unmap(&plan.map).await?;
+            return Ok(refuse(session, &TableError::BackEnd(value)));
+        }
+        self.unmap(&plan.unmap).await?;
+        self.appliance.layout.commit(&plan);
+        tracing::info!(session, regions = regions.len(), files = plan.spans.len(), "driver memory is in the window");
+        Ok(Answer::Acknowledgement(0))
+    }
+
+    /// Maps the plan's new spans. The inner error says how many had been mapped when the appliance's VMM refused one.
+    async fn map_new(
+        &mut self,
+        plan: &Plan,
+        table: &[(MemoryRegion, OwnedFd)],
+    ) -> Result<Result<(), (usize, ApplianceError)>, SessionError> {
+        for (index, span) in plan.map.iter().enumerate() {
+            let files = table.iter().map(|(_, file)| file);
+            let mut of_span = files.filter(|file| file_identity(file).is_ok_and(|(id, _)| id == span.file));
+            let Some(file) = of_span.next() else { continue };
+            let file =
+                file.try_clone().map_err(|source| ApplianceError::Io { what: "duplicate of a memory file", source })?;
+            match self.appliance.window.map(span, file).await {
+                Ok(()) => {}
+                Err(ApplianceError::Reset) => return Err(SessionError::BackEndDown),
+                Err(error @ ApplianceError::Refused { .. }) => return Ok(Err((index, error))),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(Ok(()))
+    }
+
+    async fn unmap(&mut self, spans: &[vvu_protocol::window::Span]) -> Result<(), SessionError> {
+        for span in spans {
+            match self.appliance.window.unmap(span).await {
+                Ok(()) => {}
+                Err(ApplianceError::Reset) => return Err(SessionError::BackEndDown),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    async fn ask_number(&mut self, request: FrontEndRequest<Handle>) -> Result<u64, SessionError> {
+        let name = request.name();
+        match self.ask(request).await? {
+            FrontEndReply::Number(value) => Ok(value),
+            _ => Err(unexpected_answer(name)),
+        }
+    }
+
+    async fn ask_acknowledgement(&mut self, request: FrontEndRequest<Handle>) -> Result<u64, SessionError> {
+        let name = request.name();
+        match self.ask(request).await? {
+            FrontEndReply::Acknowledgement(value) => Ok(value),
+            _ => Err(unexpected_answer(name)),
+        }
+    }
+
+    /// Sends a request to the agent and waits for the answer.
+    async fn ask(&mut self, request: FrontEndRequest<Handle>) -> Result<FrontEndReply<Handle>, SessionError> {
+        let (code, name) = (request.code(), request.name());
+        let frame = Frame { channel: Channel::FrontEnd, session: self.number, message: request.encode(true) };
+        self.appliance.control.commands.send(&frame).await?;
+        match tokio::time::timeout(ANSWER_TIMEOUT, self.answer(code)).await {
+            Ok(reply) => reply,
+            Err(_) => Err(ApplianceError::Timeout { what: name, seconds: ANSWER_TIMEOUT.as_secs() }.into()),
+        }
+    }
+
+    async fn answer(&mut self, code: u32) -> Result<FrontEndReply<Handle>, SessionError> {
+        let downs = self.downs;
+        loop {
+            tokio::select! {
+                // An answer that has come counts, even if the back-end went down right after it.
+                biased;
+                frame = self.appliance.control.recv() => {
+                    let frame = frame?;
+                    if frame.session == self.number && frame.channel == Channel::FrontEnd {
+                        let decoded = FrontEndReply::decode(code, frame.message);
+                        return decoded.map_err(|source| ApplianceError::Decode { device: "control", source }.into());
+                    }
+                    self.unasked(frame).await?;
+                }
+                () = went_down(&mut self.state, downs) => return Err(SessionError::BackEndDown),
+            }
+        }
+    }
+
+    /// A frame that answers nothing: of an earlier session, or a request of the back-end, which is not offered.
+    async fn unasked(&mut self, frame: Frame) -> Result<(), SessionError> {
+        if frame.session != self.number {
+            tracing::debug!(session = self.number, of = frame.session, "dropped a frame of another session");
+            return Ok(());
+        }
+        let code = frame.message.header.request;
+        if frame.channel == Channel::FrontEnd || frame.message.header.is_reply {
+            let request = "an answer nobody waits for";
+            return Err(ApplianceError::Request { device: "control", request }.into());
+        }
+        let message = BackEndReply::Acknowledgement(REFUSED).encode(code);
+        let reply = Frame { channel: Channel::BackEnd, session: self.number, message };
+        Ok(self.appliance.control.commands.send(&reply).await?)
+    }
+
+    fn check_queue(&self, index: u32) -> Result<(), SessionError> {
+        let count = self.appliance.doorbells.queue_count();
+        let known = usize::try_from(index).is_ok_and(|index| index < count);
+        if known { Ok(()) } else { Err(SessionError::Queue { found: index, count }) }
+    }
+
+    fn no_queue(&self, index: u8) -> SessionError {
+        SessionError::Queue { found: u32::from(index), count: self.appliance.doorbells.queue_count() }
+    }
+}
+
+/// Waits until the back-end has gone down more often than `downs` says.
+async fn went_down(state: &mut watch::Receiver<ControlState>, downs: u64) {
+    // The task that sends the state is gone: so is the back-end.
+    let _ = state.wait_for(|state| state.downs != downs).await;
+}
+
+fn check_offered(found: u64, offered: u64) -> Result<(), SessionError> {
+    let surplus = found & !offered;
+    if surplus == 0 { Ok(()) } else { Err(SessionError::Features { found, surplus }) }
+}
+
+fn unexpected_answer(request: &'static str) -> SessionError {
+    ApplianceError::Request { device: "control", request }.into()
+}
+
+fn refuse(session: u32, error: &TableError) -> Answer {
+    let cause = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
+    tracing::warn!(session, %error, cause, "refused");
+    Answer::Acknowledgement(REFUSED)
+}
+
+fn outcome(what: &'static str, result: Result<(), EventError>) -> u64 {
+    match result {
+        Ok(()) => 0,
+        Err(error) => {
+            tracing::warn!(what, %error, "refused");
+            REFUSED
+        }
+    }
+}
+
+fn plan_table(layout: &Layout, table: &[(MemoryRegion, OwnedFd)]) -> Result<Plan, TableError> {
+    let regions: Vec<MemoryRegion> = table.iter().map(|(region, _)| *region).collect();
+    check_table(&regions, MAX_TABLE_REGIONS)?;
+    let entries = table.iter().map(|(region, file)| {
+        let (file, file_len) = file_identity(file).map_err(TableError::File)?;
+        Ok(RegionOfFile { region: *region, file, file_len })
+    });
+    Ok(layout.plan(&entries.collect::<Result<Vec<_>, TableError>>()?)?)
+}
