@@ -1,1 +1,31 @@
-//! tests
+//! Whole machines: a driver VM, the bridge and an appliance VM together, as an operator runs them.
+//!
+//! The crate is a harness and its three users: the whole-machine tests (`tests/tests/*.rs`), [`demo`] (the main job in
+//! front of a person's eyes) and [`bench`] (figures, always as ratios to a vhost-user back-end on the host). All three
+//! start the same real programs: stock QEMU, a stock kernel, the `vvu` command and a real image file.
+//!
+//! Where to look:
+//! - [`testbed`]: one test's place: its folder of logs, its sockets, its turn on the machine.
+//! - [`driver_vm`]: boots a driver VM and runs shell commands in it.
+//! - [`backend`]: what serves the disk: `vvu`, or for comparison a back-end directly on the host.
+//! - [`vvu_run`]: one `vvu run` and all of its processes.
+//! - [`surroundings`]: storage that fails.
+//! - [`image_file`] and [`evidence`]: what the host can see: image contents, memory maps, counters.
+//!
+//! It never replaces a part by a mock, never reaches into another crate's internals (it sees what an operator sees:
+//! command line, log, `/proc`) and leaves no process behind, not even when a test panics.
+
+pub mod backend;
+pub mod bench;
+pub mod counters;
+pub mod demo;
+pub mod driver_vm;
+pub mod evidence;
+pub mod files;
+pub mod fio;
+pub mod image_file;
+pub mod process;
+pub mod qmp;
+pub mod surroundings;
+pub mod testbed;
+pub mod vvu_run;

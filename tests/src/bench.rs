@@ -1,0 +1,246 @@
+//! Figures: fio in one driver VM, in turns on two disks that are the same image, one served by the appliance VM and one
+//! by qemu-storage-daemon on the host.
+//!
+//! Times depend on the machine, and under TCG they say nothing; ratios of neighbouring runs do. So each round runs one job
+//! on one disk and at once on the other, and the ratio is taken within the round. Each disk goes first in every other
+//! round. Only one of the disks is used at a time, so sharing an image is sound.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+
+use crate::backend::{Backend, ServedImage};
+use crate::counters::BlkCounters;
+use crate::driver_vm::{Disk, DriverVm, DriverVmPlan};
+use crate::evidence;
+use crate::fio::{Figures, Job};
+use crate::image_file::create;
+use crate::testbed::Testbed;
+use crate::vvu_run::VvuRun;
+
+/// The jobs, in the order of the table.
+const JOBS: [Job; 6] = [
+    Job { pattern: "randread", block_size: "4k", depth: 1 },
+    Job { pattern: "randread", block_size: "4k", depth: 32 },
+    Job { pattern: "randwrite", block_size: "4k", depth: 1 },
+    Job { pattern: "randwrite", block_size: "4k", depth: 32 },
+    Job { pattern: "read", block_size: "128k", depth: 16 },
+    Job { pattern: "write", block_size: "128k", depth: 16 },
+];
+
+/// The disk behind the appliance VM, as the driver VM names it.
+const THROUGH_VVU: &str = "/dev/vda";
+
+/// The disk behind qemu-storage-daemon.
+const ON_HOST: &str = "/dev/vdb";
+
+/// What a person may choose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BenchOptions {
+    /// Rounds of each job, at least one.
+    pub rounds: u32,
+    /// Length of one run of fio.
+    pub runtime: Duration,
+    /// Length of the image in bytes.
+    pub image_len: u64,
+    /// One JSON document on standard output instead of a table.
+    pub json: bool,
+}
+
+impl Default for BenchOptions {
+    fn default() -> Self {
+        Self { rounds: 3, runtime: Duration::from_secs(4), image_len: 256 << 20, json: false }
+    }
+}
+
+/// Middle, least and most of one figure over all rounds.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+struct Spread {
+    median: f64,
+    least: f64,
+    most: f64,
+}
+
+/// One job on both disks.
+#[derive(Debug, Clone, Serialize)]
+struct Row {
+    job: String,
+    block_size: &'static str,
+    vvu_iops: Spread,
+    host_iops: Spread,
+    vvu_latency_us: Spread,
+    host_latency_us: Spread,
+    /// Requests per second through the appliance VM divided by those through the host's back-end, within each round.
+    ratio: Spread,
+}
+
+/// The whole document.
+#[derive(Debug, Serialize)]
+struct Report {
+    accelerator: &'static str,
+    rounds: u32,
+    seconds_per_run: u64,
+    seconds_to_ready: f64,
+    /// Memory of the appliance's QEMU without the driver VM's memory, which it maps, too.
+    appliance_resident_bytes: u64,
+    appliance_proportional_bytes: u64,
+    bridge_resident_bytes: u64,
+    rows: Vec<Row>,
+    back_end: BlkCounters,
+}
+
+/// Runs the benchmark and prints its report on standard output; progress goes to standard error.
+///
+/// # Errors
+/// If a machine does not come up, fio fails, or the output is closed.
+pub fn run(options: &BenchOptions) -> Result<()> {
+    let testbed = Testbed::open("bench")?;
+    let image = create(&testbed.folder().join("disk.img"), options.image_len)?;
+    fill(&image, options.image_len)?;
+    let served = ServedImage::writable(&image);
+    let mut vvu = VvuRun::start(&testbed, "vvu", &served)?;
+    let host = Backend::QemuStorageDaemon.serve(&testbed, "host", &served)?;
+    let plan = DriverVmPlan::new(&testbed, "driver").disk(Disk::at(vvu.socket())).disk(Disk::at(host.socket()));
+    let mut vm = plan.boot()?;
+
+    let mut rows = Vec::new();
+    for job in JOBS {
+        eprintln!("bench: {} ({} rounds)", job.title(), options.rounds);
+        rows.push(compare(&mut vm, &job, options)?);
+    }
+    let memory = evidence::guest_memory(vm.qemu().pid())?;
+    let (resident, proportional) = evidence::memory_without(vvu.appliance().pid(), &memory)?;
+    let (bridge_resident, _) = evidence::memory_without(vvu.bridge().pid(), &memory)?;
+    vm.power_off()?;
+    let report = Report {
+        accelerator: if crate::driver_vm::kvm_is_usable() { "kvm" } else { "tcg" },
+        rounds: options.rounds,
+        seconds_per_run: options.runtime.as_secs(),
+        seconds_to_ready: vvu.time_to_ready().as_secs_f64(),
+        appliance_resident_bytes: resident,
+        appliance_proportional_bytes: proportional,
+        bridge_resident_bytes: bridge_resident,
+        rows,
+        back_end: vvu.await_counters()?,
+    };
+    host.stop()?;
+    vvu.stop()?;
+    std::fs::remove_file(&image).context("cannot remove the image")?;
+    if options.json {
+        serde_json::to_writer_pretty(io::stdout().lock(), &report)?;
+        return writeln!(io::stdout()).context("cannot write the report");
+    }
+    print_table(&report, &mut io::stdout().lock()).context("cannot write the report")
+}
+
+/// Writes the whole image once: reads of holes and first writes into them measure the host's file system.
+fn fill(image: &std::path::Path, len: u64) -> Result<()> {
+    let mut file = File::options().write(true).open(image).context("cannot open the image")?;
+    let piece = vec![0xa5; 1 << 20];
+    for _ in 0..len.div_ceil(1 << 20) {
+        file.write_all(&piece).context("cannot fill the image")?;
+    }
+    file.set_len(len).and_then(|()| file.sync_all()).context("cannot fill the image")
+}
+
+fn compare(vm: &mut DriverVm, job: &Job, options: &BenchOptions) -> Result<Row> {
+    let mut pairs = Vec::new();
+    for round in 0..options.rounds.max(1) {
+        let mut on = |device| job.run(vm, device, options.runtime);
+        let pair = if round % 2 == 0 {
+            let vvu = on(THROUGH_VVU)?;
+            (vvu, on(ON_HOST)?)
+        } else {
+            let host = on(ON_HOST)?;
+            (on(THROUGH_VVU)?, host)
+        };
+        pairs.push(pair);
+    }
+    let spread = |figure: &dyn Fn(&(Figures, Figures)) -> f64| Spread::of(pairs.iter().map(figure).collect());
+    Ok(Row {
+        job: job.title(),
+        block_size: job.block_size,
+        vvu_iops: spread(&|pair| pair.0.iops),
+        host_iops: spread(&|pair| pair.1.iops),
+        vvu_latency_us: spread(&|pair| pair.0.latency_us),
+        host_latency_us: spread(&|pair| pair.1.latency_us),
+        ratio: spread(&|pair| pair.0.iops / pair.1.iops),
+    })
+}
+
+impl Spread {
+    fn of(mut values: Vec<f64>) -> Self {
+        values.sort_by(f64::total_cmp);
+        let at = |index: usize| values.get(index).copied().unwrap_or(f64::NAN);
+        let last = values.len().saturating_sub(1);
+        // Of an even number the mean of the two in the middle.
+        let median = f64::midpoint(at(last / 2), at(last.div_ceil(2)));
+        Self { median, least: at(0), most: at(last) }
+    }
+}
+
+fn print_table(report: &Report, out: &mut impl Write) -> io::Result<()> {
+    const MIB: f64 = 1_048_576.0;
+    let mib = |bytes: u64| format!("{} MiB", bytes >> 20);
+    writeln!(
+        out,
+        "fio in the driver VM, O_DIRECT, libaio; both VMs under {}; median [least..most] of {} rounds of {} s\n",
+        report.accelerator, report.rounds, report.seconds_per_run
+    )?;
+    writeln!(out, "{:<26} {:>26} {:>26} {:>22}", "", "vvu, IOPS", "qemu-storage-daemon, IOPS", "ratio")?;
+    for row in &report.rows {
+        writeln!(
+            out,
+            "{:<26} {:>26} {:>26} {:>22}",
+            row.job,
+            iops(&row.vvu_iops),
+            iops(&row.host_iops),
+            format!("{:.2} [{:.2}..{:.2}]", row.ratio.median, row.ratio.least, row.ratio.most)
+        )?;
+        if row.block_size == "128k" {
+            let rate = |spread: &Spread| format!("{:.0} MiB/s", spread.median * 131_072.0 / MIB);
+            writeln!(out, "{:<26} {:>26} {:>26}", "", rate(&row.vvu_iops), rate(&row.host_iops))?;
+        }
+    }
+    writeln!(out, "\nfrom vvu run to ready       {:.2} s", report.seconds_to_ready)?;
+    writeln!(
+        out,
+        "appliance's QEMU            RSS {}, PSS {} (driver VM memory not counted)",
+        mib(report.appliance_resident_bytes),
+        mib(report.appliance_proportional_bytes)
+    )?;
+    writeln!(out, "bridge                      RSS {}", mib(report.bridge_resident_bytes))?;
+    writeln!(
+        out,
+        "back-end                    {} zero-copy, {} bytes bounced, {} bytes through a page cache",
+        mib(report.back_end.zero_copy_bytes),
+        report.back_end.bounced_bytes,
+        report.back_end.page_cache_bytes
+    )?;
+    writeln!(
+        out,
+        "                            {} requests, {} kicks, {} calls",
+        report.back_end.reads + report.back_end.writes + report.back_end.flushes,
+        report.back_end.kicks,
+        report.back_end.calls
+    )
+}
+
+fn iops(spread: &Spread) -> String {
+    format!("{:.0} [{:.0}..{:.0}]", spread.median, spread.least, spread.most)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_is_in_the_middle() {
+        assert_eq!(Spread::of(vec![3.0, 1.0, 2.0]), Spread { median: 2.0, least: 1.0, most: 3.0 });
+        assert_eq!(Spread::of(vec![4.0, 1.0, 2.0, 3.0]).median, 2.5);
+        assert_eq!(Spread::of(vec![7.0]), Spread { median: 7.0, least: 7.0, most: 7.0 });
+    }
+}

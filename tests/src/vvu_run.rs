@@ -1,0 +1,207 @@
+//! One `vvu run blk` with all of its processes, driven as an operator's service manager would drive it: by its command
+//! line, its JSON events, its exit code and SIGTERM.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+use std::time::Duration;
+
+use anyhow::{Result, bail, ensure};
+use rustix::process::Signal;
+use serde::Deserialize;
+
+use crate::backend::ServedImage;
+use crate::counters::BlkCounters;
+use crate::process::{Process, Watched};
+use crate::testbed::{Testbed, target_dir, workspace_program};
+
+/// How long the device may take to be ready: an appliance boots in a few seconds under TCG on an idle machine.
+pub const READY_PATIENCE: Duration = Duration::from_secs(180);
+
+/// How long anything of a run may take to end once it must.
+pub const END_PATIENCE: Duration = Duration::from_secs(60);
+
+/// What `vvu run --json` says first about a run that is up; see the launcher's own list of events.
+#[derive(Debug, Clone, Deserialize)]
+struct Ready {
+    socket: PathBuf,
+    pids: Pids,
+    timings_ms: TimingsMs,
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+struct Pids {
+    bridge: u32,
+    qemu: u32,
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+struct TimingsMs {
+    ready: u64,
+}
+
+/// The last event of a run.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Ended {
+    /// Why the run is over, as one word.
+    pub reason: String,
+    /// What happened, in one line.
+    pub message: String,
+    /// The exit code that `vvu` says it will end with.
+    pub exit_code: i32,
+}
+
+/// A device that is ready for a driver VM. Dropping it kills `vvu`, which takes its children along.
+#[derive(Debug)]
+pub struct VvuRun {
+    vvu: Process,
+    bridge: Watched,
+    appliance: Watched,
+    ready: Ready,
+    runtime_dir: PathBuf,
+}
+
+impl VvuRun {
+    /// Runs `vvu run blk` and waits until its device is ready; `name` is for logs and the socket.
+    ///
+    /// # Errors
+    /// If `vvu` or the appliance image are not built, or the device does not come up in [`READY_PATIENCE`].
+    pub fn start(testbed: &Testbed, name: &str, image: &ServedImage) -> Result<Self> {
+        let log_dir = testbed.folder().join(format!("{name}-logs"));
+        let runtime_dir = testbed.runtime_dir()?;
+        let mut command = image.command(workspace_program("vvu", "VVU_BIN")?);
+        command.args(["run", "blk", "--json", "--image"]).arg(&image.image);
+        command.arg("--socket").arg(testbed.socket(&format!("{name}.sock")));
+        command.arg("--qemu").arg(&testbed.setup().qemu);
+        command.arg("--appliance").arg(target_dir()?.join("appliance"));
+        command.arg("--log-dir").arg(&log_dir);
+        command.args(["--queues", &image.queues.to_string()]);
+        if image.read_only {
+            command.arg("--read-only");
+        }
+        command.env("XDG_RUNTIME_DIR", &runtime_dir);
+        let mut vvu = Process::spawn(name, command, testbed.folder())?;
+        let ready: Ready = vvu.await_line("ready event", READY_PATIENCE, |line| event(line, "ready"))?;
+        let bridge = Watched::open("the bridge", ready.pids.bridge)?;
+        let appliance = Watched::open("the appliance's QEMU", ready.pids.qemu)?;
+        Ok(Self { vvu, bridge, appliance, ready, runtime_dir })
+    }
+
+    /// The socket for the driver VM's VMM.
+    pub fn socket(&self) -> &Path {
+        &self.ready.socket
+    }
+
+    /// Time from the start of `vvu` until the device was ready.
+    pub fn time_to_ready(&self) -> Duration {
+        Duration::from_millis(self.ready.timings_ms.ready)
+    }
+
+    /// The `vvu` process.
+    pub fn vvu(&self) -> &Watched {
+        self.vvu.watched()
+    }
+
+    /// The bridge.
+    pub fn bridge(&self) -> &Watched {
+        &self.bridge
+    }
+
+    /// The appliance VM's QEMU.
+    pub fn appliance(&self) -> &Watched {
+        &self.appliance
+    }
+
+    /// Waits for the counters that the back-end writes when a front-end has left.
+    ///
+    /// # Errors
+    /// If the run ends first, or [`END_PATIENCE`] runs out.
+    pub fn await_counters(&mut self) -> Result<BlkCounters> {
+        self.vvu.await_line("back-end's counters", END_PATIENCE, |line| {
+            BlkCounters::on_line(&event::<ApplianceLine>(line, "appliance-log")?.line)
+        })
+    }
+
+    /// Ends the run with SIGTERM, as a service manager does, and checks that it ends well and leaves nothing behind.
+    ///
+    /// # Errors
+    /// If the exit code is not 0, or a process, socket or directory is left.
+    pub fn stop(self) -> Result<Ended> {
+        self.vvu.watched().signal(Signal::TERM)?;
+        let (status, ended) = self.await_end()?;
+        ensure!(status.code() == Some(0), "vvu ended with {status} after SIGTERM: {}", ended.message);
+        Ok(ended)
+    }
+
+    /// Waits until the run ends by itself, and checks that it leaves nothing behind.
+    ///
+    /// # Errors
+    /// If it does not end in [`END_PATIENCE`], or a process, socket or directory is left.
+    pub fn await_end(mut self) -> Result<(ExitStatus, Ended)> {
+        let ended: Ended = self.vvu.await_line("last event", END_PATIENCE, |line| event(line, "ended"))?;
+        let status = self.vvu.await_end(END_PATIENCE)?;
+        // Both were its children: with vvu they are gone, not only going.
+        for child in [&self.bridge, &self.appliance] {
+            if !child.has_ended()? {
+                bail!("{} (pid {}) outlives vvu, which ended with {status}", child.name(), child.pid());
+            }
+        }
+        self.check_nothing_left()?;
+        Ok((status, ended))
+    }
+
+    /// Kills `vvu` itself with SIGKILL, and checks that its children follow.
+    ///
+    /// # Errors
+    /// If one of them still runs after [`END_PATIENCE`].
+    pub fn kill_vvu(mut self) -> Result<()> {
+        self.vvu.kill()?;
+        self.bridge.await_end(END_PATIENCE)?;
+        self.appliance.await_end(END_PATIENCE)
+    }
+
+    fn check_nothing_left(&self) -> Result<()> {
+        if self.ready.socket.exists() {
+            bail!("{} is left behind", self.ready.socket.display());
+        }
+        let runs = self.runtime_dir.join("vvu");
+        let left = match fs::read_dir(&runs) {
+            Ok(entries) => entries.flatten().map(|entry| entry.path().display().to_string()).collect(),
+            Err(_) => Vec::new(),
+        };
+        ensure!(left.is_empty(), "left behind: {}", left.join(", "));
+        Ok(())
+    }
+}
+
+/// A line of the appliance's console.
+#[derive(Deserialize)]
+struct ApplianceLine {
+    line: String,
+}
+
+/// The event of kind `kind` on `line`, if that is what it holds.
+fn event<T: for<'a> Deserialize<'a>>(line: &str, kind: &str) -> Option<T> {
+    #[derive(Deserialize)]
+    struct Kind<'a> {
+        event: &'a str,
+    }
+    let found: Kind<'_> = serde_json::from_str(line).ok()?;
+    (found.event == kind).then(|| serde_json::from_str(line).ok())?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn events_are_told_apart() {
+        let ended = r#"{"event":"ended","reason":"signal","message":"ended","exit_code":0,"last_lines":[]}"#;
+        assert!(event::<Ready>(ended, "ready").is_none());
+        assert_eq!(event::<Ended>(ended, "ended").unwrap().reason, "signal");
+        let ready = r#"{"event":"ready","socket":"/s","pids":{"vvu":1,"bridge":2,"qemu":3},
+            "timings_ms":{"bridge_listening":1,"qemu_started":2,"ready":4000},"vmms":[]}"#;
+        assert_eq!(event::<Ready>(ready, "ready").unwrap().pids.qemu, 3);
+        assert!(event::<Ended>("Linux version", "ended").is_none());
+    }
+}
