@@ -51,8 +51,9 @@ impl Ending {
     }
 
     /// The bridge ended by itself.
-    pub(crate) fn bridge_ended(status: ExitStatus, last_lines: Vec<String>) -> Self {
-        let message = format!("the bridge ended ({status}), its appliance VM was killed");
+    pub(crate) fn bridge_ended(status: ExitStatus, had_appliance: bool, last_lines: Vec<String>) -> Self {
+        let consequence = if had_appliance { "its appliance VM was killed" } else { "no appliance VM was started" };
+        let message = format!("the bridge ended ({status}), {consequence}");
         Self::failure("bridge-ended", message, last_lines)
     }
 

@@ -237,7 +237,7 @@ impl Session<'_> {
                 return Ok(self.appliance_ended(killed).await);
             }
         }
-        Ok(Ending::bridge_ended(status, self.bridge.last_lines().await))
+        Ok(Ending::bridge_ended(status, self.appliance.is_some(), self.bridge.last_lines().await))
     }
 
     /// Ends what still runs, in order; a further signal kills it.
