@@ -35,11 +35,14 @@ pub enum BackEndRequest<F> {
 }
 
 impl<F> BackEndRequest<F> {
-    /// Reads a request. The caller has seen to it that `message` is no reply.
+    /// Reads a request.
     ///
     /// # Errors
-    /// [`DecodeError`] if the payload or the number of descriptors does not fit the request code.
+    /// [`DecodeError`] if `message` is a reply, or its payload or number of descriptors does not fit the request code.
     pub fn decode(message: RawMessage<F>) -> Result<Self, DecodeError> {
+        if message.header.is_reply {
+            return Err(DecodeError::Flags { found: message.header.flags() });
+        }
         let Some(row) = row(&BACK_END_REQUESTS, message.header.request) else {
             return Ok(Self::Unknown(message));
         };
@@ -56,7 +59,10 @@ impl<F> BackEndRequest<F> {
         let request = match row.code {
             1 => Self::Iotlb(Iotlb::read(&mut reader)?),
             2 => Self::ConfigChange,
-            3 => Self::VringHostNotifier(VringArea::read(&mut reader)?, at_most_one(name, descriptors)?),
+            3 => {
+                let descriptor = at_most_one(name, descriptors)?;
+                Self::VringHostNotifier(VringArea::read(name, &mut reader, descriptor.is_some())?, descriptor)
+            }
             4 => Self::VringCall(VringState::read(&mut reader)?),
             5 => Self::VringErr(VringState::read(&mut reader)?),
             6 => Self::SharedObjectAdd(reader.array()?),
@@ -131,7 +137,7 @@ impl<F> BackEndRequest<F> {
 pub enum BackEndReply<F> {
     /// 0 for success, else an error number that only means "failed".
     Acknowledgement(u64),
-    /// SHARED_OBJECT_LOOKUP: the object, if it exists.
+    /// SHARED_OBJECT_LOOKUP: the object, if it exists. A failure comes without one.
     SharedObject(Option<F>),
 }
 
@@ -142,7 +148,7 @@ impl<F> BackEndReply<F> {
     /// [`DecodeError`] if the message is no reply to it, or does not have its form.
     pub fn decode(request: u32, message: RawMessage<F>) -> Result<Self, DecodeError> {
         if !message.header.is_reply {
-            return Err(DecodeError::Flags { found: 0 });
+            return Err(DecodeError::Flags { found: message.header.flags() });
         }
         if message.header.request != request {
             return Err(DecodeError::WrongReply { expected: request, found: message.header.request });
@@ -153,7 +159,11 @@ impl<F> BackEndReply<F> {
         let value = reader.u64()?;
         reader.finish()?;
         if row.is_some_and(|row| row.reply == ReplyPayload::SharedObject) {
-            return Ok(Self::SharedObject(at_most_one(name, message.descriptors)?));
+            let object = at_most_one(name, message.descriptors)?;
+            if value != 0 && object.is_some() {
+                return Err(DecodeError::Descriptors { what: name, expected: 0..=0, found: 1 });
+            }
+            return Ok(Self::SharedObject(object));
         }
         if !message.descriptors.is_empty() {
             let found = message.descriptors.len();

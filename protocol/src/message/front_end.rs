@@ -107,11 +107,14 @@ pub enum FrontEndRequest<F> {
 }
 
 impl<F> FrontEndRequest<F> {
-    /// Reads a request. The caller has seen to it that `message` is no reply.
+    /// Reads a request.
     ///
     /// # Errors
-    /// [`DecodeError`] if the payload or the number of descriptors does not fit the request code.
+    /// [`DecodeError`] if `message` is a reply, or its payload or number of descriptors does not fit the request code.
     pub fn decode(message: RawMessage<F>) -> Result<Self, DecodeError> {
+        if message.header.is_reply {
+            return Err(DecodeError::Flags { found: message.header.flags() });
+        }
         let Some(row) = row(&FRONT_END_REQUESTS, message.header.request) else {
             return Ok(Self::Unknown(message));
         };

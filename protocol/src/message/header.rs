@@ -51,10 +51,14 @@ impl Header {
     /// Writes the header.
     #[must_use]
     pub fn encode(&self) -> [u8; Self::LEN] {
-        let flags = VERSION | if self.is_reply { REPLY } else { 0 } | if self.needs_reply { NEED_REPLY } else { 0 };
         let size = u32::try_from(self.payload_len).unwrap_or(u32::MAX);
-        let bytes = Writer::default().u32(self.request).u32(flags).u32(size).done();
+        let bytes = Writer::default().u32(self.request).u32(self.flags()).u32(size).done();
         bytes.try_into().unwrap_or([0; Self::LEN])
+    }
+
+    /// The flags word as it is on the wire.
+    pub(crate) const fn flags(&self) -> u32 {
+        VERSION | if self.is_reply { REPLY } else { 0 } | if self.needs_reply { NEED_REPLY } else { 0 }
     }
 }
 

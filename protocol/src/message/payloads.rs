@@ -70,6 +70,18 @@ pub struct VringFile<F> {
 const VRING_INDEX_MASK: u64 = 0xff;
 const VRING_NO_DESCRIPTOR: u64 = 1 << 8;
 
+/// Bit 8 and the descriptor have to agree, and no other bit than that and the index may be set.
+fn check_vring_value(what: &'static str, value: u64, has_descriptor: bool) -> Result<(), DecodeError> {
+    if value & !(VRING_INDEX_MASK | VRING_NO_DESCRIPTOR) != 0 {
+        return Err(DecodeError::Value { what, field: "vring", value });
+    }
+    let (expected, found) = (usize::from(value & VRING_NO_DESCRIPTOR == 0), usize::from(has_descriptor));
+    if found == expected {
+        return Ok(());
+    }
+    Err(DecodeError::Descriptors { what, expected: expected..=expected, found })
+}
+
 impl<F> VringFile<F> {
     pub(crate) fn read(
         what: &'static str,
@@ -77,14 +89,7 @@ impl<F> VringFile<F> {
         descriptor: Option<F>,
     ) -> Result<Self, DecodeError> {
         let value = reader.u64()?;
-        if value & !(VRING_INDEX_MASK | VRING_NO_DESCRIPTOR) != 0 {
-            return Err(DecodeError::Value { what, field: "vring", value });
-        }
-        let expected = usize::from(value & VRING_NO_DESCRIPTOR == 0);
-        if expected != usize::from(descriptor.is_some()) {
-            let found = usize::from(descriptor.is_some());
-            return Err(DecodeError::Descriptors { what, expected: expected..=expected, found });
-        }
+        check_vring_value(what, value, descriptor.is_some())?;
         let [index, ..] = value.to_le_bytes();
         Ok(Self { index, descriptor })
     }
@@ -264,7 +269,7 @@ impl DeviceStateTransfer {
     }
 }
 
-/// Payload of VRING_HOST_NOTIFIER.
+/// "Vring area description", payload of VRING_HOST_NOTIFIER_MSG.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct VringArea {
     /// Bits 0–7 vring index, bit 8 no descriptor.
@@ -276,8 +281,10 @@ pub struct VringArea {
 }
 
 impl VringArea {
-    pub(crate) fn read(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
-        Ok(Self { vring: reader.u64()?, size: reader.u64()?, offset: FileOffset(reader.u64()?) })
+    pub(crate) fn read(what: &'static str, reader: &mut Reader<'_>, has_descriptor: bool) -> Result<Self, DecodeError> {
+        let area = Self { vring: reader.u64()?, size: reader.u64()?, offset: FileOffset(reader.u64()?) };
+        check_vring_value(what, area.vring, has_descriptor)?;
+        Ok(area)
     }
 
     pub(crate) fn write(self, writer: Writer) -> Writer {
@@ -285,7 +292,7 @@ impl VringArea {
     }
 }
 
-/// Number of entries in [`ShmemConfig::sizes`].
+/// Number of shared memory regions that a [`ShmemConfig`] has room for.
 pub const SHMEM_MAX_REGIONS: usize = 256;
 
 /// Reply to GET_SHMEM_CONFIG: the sizes of a device's shared memory regions, 2,056 bytes.

@@ -1,9 +1,10 @@
 //! Replies of the back-end to requests of the front-end, typed.
 
 use crate::DecodeError;
+use crate::address::FileOffset;
 use crate::payload::{Reader, Writer};
 
-use super::payloads::{ConfigSpace, Inflight, ShmemConfig, VringState};
+use super::payloads::{ConfigSpace, Inflight, LogArea, ShmemConfig, VringState};
 use super::request_table::{FRONT_END_REQUESTS, ReplyPayload, row};
 use super::{RawMessage, at_most_one, single};
 
@@ -12,11 +13,12 @@ use super::{RawMessage, at_most_one, single};
 pub enum FrontEndReply<F> {
     /// A request without a reply of its own: 0 for success, else an error number that only means "failed".
     Acknowledgement(u64),
-    /// A number: features, queue count, slots, status.
+    /// A number: features, queue count, slots, status, or the result of a request whose reply is not optional.
     Number(u64),
     /// GET_VRING_BASE.
     VringState(VringState),
-    /// GET_CONFIG; `None` if the device refuses.
+    /// GET_CONFIG; `None` if the device refuses. The specification's refusal has no payload; one of a configuration space
+    /// of no bytes, as the vhost crate sends it, is read as a refusal too.
     Config(Option<ConfigSpace>),
     /// GET_INFLIGHT_FD.
     Inflight(Inflight, F),
@@ -24,7 +26,8 @@ pub enum FrontEndReply<F> {
     LogBase,
     /// POSTCOPY_ADVISE.
     Descriptor(F),
-    /// SET_DEVICE_STATE_FD: the value's low 8 bits are 0 for success, bit 8 says that no descriptor came.
+    /// SET_DEVICE_STATE_FD: the value's low 8 bits are 0 for success, bit 8 says that no descriptor came. A failure comes
+    /// without one in any case.
     DeviceState(u64, Option<F>),
     /// GET_SHARED_OBJECT.
     SharedObject(Option<F>),
@@ -37,6 +40,10 @@ pub enum FrontEndReply<F> {
 /// Longest reply to SET_LOG_BASE that is read, in bytes.
 const LOG_BASE_REPLY_MAX: usize = 16;
 
+/// What is written as reply to SET_LOG_BASE. The specification asks for a reply and defines no payload; QEMU ignores it, but
+/// the vhost crate waits for a whole log description that is not empty.
+const LOG_BASE_REPLY: LogArea = LogArea { size: 1, mmap_offset: FileOffset(0) };
+
 impl<F> FrontEndReply<F> {
     /// Reads the reply to the request with code `request`.
     ///
@@ -44,7 +51,7 @@ impl<F> FrontEndReply<F> {
     /// [`DecodeError`] if the message is no reply to it, or does not have its form.
     pub fn decode(request: u32, message: RawMessage<F>) -> Result<Self, DecodeError> {
         if !message.header.is_reply {
-            return Err(DecodeError::Flags { found: 0 });
+            return Err(DecodeError::Flags { found: message.header.flags() });
         }
         if message.header.request != request {
             return Err(DecodeError::WrongReply { expected: request, found: message.header.request });
@@ -73,7 +80,10 @@ impl<F> FrontEndReply<F> {
             ReplyPayload::Number => Self::Number(reader.u64()?),
             ReplyPayload::VringState => Self::VringState(VringState::read(&mut reader)?),
             ReplyPayload::Config if payload.is_empty() => Self::Config(None),
-            ReplyPayload::Config => Self::Config(Some(ConfigSpace::read(what, &mut reader)?)),
+            ReplyPayload::Config => {
+                let config = ConfigSpace::read(what, &mut reader)?;
+                Self::Config((!config.bytes.is_empty()).then_some(config))
+            }
             ReplyPayload::Inflight => {
                 Self::Inflight(Inflight::read(reader.bytes(payload.len())?, what)?, single(what, descriptors)?)
             }
@@ -88,7 +98,7 @@ impl<F> FrontEndReply<F> {
                 reader.skip(payload.len())?;
                 Self::Descriptor(single(what, descriptors)?)
             }
-            ReplyPayload::DeviceState => Self::DeviceState(reader.u64()?, at_most_one(what, descriptors)?),
+            ReplyPayload::DeviceState => read_device_state(what, reader.u64()?, at_most_one(what, descriptors)?)?,
             ReplyPayload::SharedObject => {
                 reader.skip(payload.len())?;
                 Self::SharedObject(at_most_one(what, descriptors)?)
@@ -110,13 +120,29 @@ impl<F> FrontEndReply<F> {
             Self::Config(Some(config)) => (config.write(writer), Vec::new()),
             Self::Config(None) => (writer, Vec::new()),
             Self::Inflight(inflight, descriptor) => (inflight.write(writer), vec![descriptor]),
-            Self::LogBase => (writer.u64(0), Vec::new()),
+            Self::LogBase => (LOG_BASE_REPLY.write(writer), Vec::new()),
             Self::Descriptor(descriptor) => (writer, vec![descriptor]),
             Self::DeviceState(value, descriptor) => (writer.u64(value), descriptor.into_iter().collect()),
-            Self::SharedObject(descriptor) => (writer.u64(0), descriptor.into_iter().collect()),
+            Self::SharedObject(descriptor) => (writer, descriptor.into_iter().collect()),
             Self::ShmemConfig(config) => (config.write(writer), Vec::new()),
             Self::Bytes(bytes) => (writer.bytes(&bytes), Vec::new()),
         };
         RawMessage::reply(request, writer.done(), descriptors)
     }
+}
+
+/// Bits of the reply to SET_DEVICE_STATE_FD that speak against a descriptor: a failure, or "no descriptor".
+const DEVICE_STATE_NO_DESCRIPTOR: u64 = 0x1ff;
+
+fn read_device_state<F>(
+    what: &'static str,
+    value: u64,
+    descriptor: Option<F>,
+) -> Result<FrontEndReply<F>, DecodeError> {
+    let expected = usize::from(value & DEVICE_STATE_NO_DESCRIPTOR == 0);
+    let found = usize::from(descriptor.is_some());
+    if found != expected {
+        return Err(DecodeError::Descriptors { what, expected: expected..=expected, found });
+    }
+    Ok(FrontEndReply::DeviceState(value, descriptor))
 }

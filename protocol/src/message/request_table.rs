@@ -10,7 +10,7 @@ use super::MAX_DESCRIPTORS;
 pub enum ReplyPayload {
     /// No reply of its own: an acknowledgement (u64, 0 = success) if REPLY_ACK was negotiated and it was asked for.
     None,
-    /// A u64.
+    /// A u64: a number, or 0 for success where the specification gives an acknowledgement to the request itself.
     Number,
     /// A vring state.
     VringState,
@@ -74,7 +74,7 @@ pub const FRONT_END_REQUESTS: [RequestRow; 44] = [
     RequestRow::new(19, "SEND_RARP", 0..=0, ReplyPayload::None),
     RequestRow::new(20, "NET_SET_MTU", 0..=0, ReplyPayload::None),
     RequestRow::new(21, "SET_BACKEND_REQ_FD", 1..=1, ReplyPayload::None),
-    RequestRow::new(22, "IOTLB_MSG", 0..=0, ReplyPayload::None),
+    RequestRow::new(22, "IOTLB_MSG", 0..=0, ReplyPayload::Number),
     RequestRow::new(23, "SET_VRING_ENDIAN", 0..=0, ReplyPayload::None),
     RequestRow::new(24, "GET_CONFIG", 0..=0, ReplyPayload::Config),
     RequestRow::new(25, "SET_CONFIG", 0..=0, ReplyPayload::None),
