@@ -1,0 +1,127 @@
+//! The command line, by QEMU's conventions for vhost-user back-end programs.
+
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+
+use clap::Parser;
+
+use crate::daemon::{MAX_QUEUES, Options};
+use crate::device::SERIAL_LEN;
+use crate::listener::Endpoint;
+
+/// What `--print-capabilities` prints: the device type, and the options of the conventions that the program has.
+pub const CAPABILITIES: &str = r#"{"type": "block", "features": ["read-only", "blk-file"]}"#;
+
+/// vhost-user-blk back-end: serves a raw disk image or block device to a virtual machine.
+///
+/// Serves one front-end at a time, and the next after it has left. SIGUSR1 writes the counters to the log, SIGTERM ends.
+#[derive(Debug, Parser)]
+#[command(name = "vvu-blk", version)]
+pub struct Cli {
+    /// Create the vhost-user socket at PATH; a stale socket there is replaced.
+    #[arg(long, value_name = "PATH", conflicts_with = "fd")]
+    socket_path: Option<PathBuf>,
+
+    /// Use the listening socket that was inherited as descriptor N.
+    #[arg(long, value_name = "N")]
+    fd: Option<RawFd>,
+
+    /// Raw image file or block device to serve.
+    #[arg(long, visible_alias = "blk-file", value_name = "PATH", required_unless_present = "print_capabilities")]
+    image: Option<PathBuf>,
+
+    /// Open the image read-only and refuse every write.
+    #[arg(long)]
+    read_only: bool,
+
+    /// Number of request queues, each with a thread of its own.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)))]
+    queues: u16,
+
+    /// Serial number of the disk as the driver sees it: up to 20 printable ASCII characters.
+    #[arg(long, value_name = "TEXT", default_value = "vvu-blk", value_parser = parse_serial)]
+    serial: String,
+
+    /// Align direct I/O to at least this many bytes, for storage that needs more than it reports [default: as reported].
+    #[arg(long, value_name = "BYTES", value_parser = parse_alignment)]
+    io_alignment: Option<u32>,
+
+    /// Print what the program can do, as JSON, and exit.
+    #[arg(long)]
+    pub print_capabilities: bool,
+}
+
+impl Cli {
+    /// What to serve.
+    ///
+    /// # Errors
+    /// One line for the user, if neither `--socket-path` nor `--fd` was given.
+    pub fn into_options(self) -> Result<Options, &'static str> {
+        let endpoint = match (self.socket_path, self.fd) {
+            (Some(path), _) => Endpoint::Path(path),
+            (None, Some(fd)) => Endpoint::Descriptor(fd),
+            (None, None) => return Err("no socket to serve: give --socket-path PATH or --fd N"),
+        };
+        let image = self.image.ok_or("no image to serve: give --image PATH")?;
+        Ok(Options {
+            endpoint,
+            image,
+            read_only: self.read_only,
+            queues: self.queues,
+            serial: self.serial,
+            io_alignment: self.io_alignment,
+        })
+    }
+}
+
+fn parse_serial(text: &str) -> Result<String, String> {
+    let printable = text.bytes().all(|byte| byte.is_ascii_graphic() || byte == b' ');
+    if text.is_empty() || text.len() > SERIAL_LEN || !printable {
+        return Err(format!("expected 1 to {SERIAL_LEN} printable ASCII characters"));
+    }
+    Ok(text.to_owned())
+}
+
+fn parse_alignment(text: &str) -> Result<u32, String> {
+    match text.parse::<u32>() {
+        Ok(bytes) if bytes.is_power_of_two() && (512..=65536).contains(&bytes) => Ok(bytes),
+        _ => Err("expected a power of two from 512 to 65536".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(line: &str) -> Result<Options, String> {
+        let cli = Cli::try_parse_from(line.split(' ')).map_err(|error| error.to_string())?;
+        cli.into_options().map_err(str::to_owned)
+    }
+
+    #[test]
+    fn the_conventions_of_back_end_programs_hold() {
+        let by_path = options("vvu-blk --socket-path=/run/s --blk-file=/dev/vda --read-only").unwrap();
+        assert_eq!(by_path.endpoint, Endpoint::Path("/run/s".into()));
+        assert_eq!(by_path.image, PathBuf::from("/dev/vda"));
+        assert!(by_path.read_only);
+        assert_eq!(options("vvu-blk --fd=3 --image a").unwrap().endpoint, Endpoint::Descriptor(3));
+        assert!(Cli::try_parse_from(["vvu-blk", "--print-capabilities"]).unwrap().print_capabilities);
+        serde_json::from_str::<serde_json::Value>(CAPABILITIES).unwrap();
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        for (line, expected) in [
+            ("vvu-blk --image a", "--socket-path"),
+            ("vvu-blk --socket-path s", "--image"),
+            ("vvu-blk --socket-path s --fd 3 --image a", "--fd"),
+            ("vvu-blk --socket-path s --image a --queues 0", "--queues"),
+            ("vvu-blk --socket-path s --image a --queues 65", "--queues"),
+            ("vvu-blk --socket-path s --image a --serial 123456789012345678901", "1 to 20"),
+            ("vvu-blk --socket-path s --image a --io-alignment 1000", "power of two"),
+        ] {
+            let message = options(line).unwrap_err();
+            assert!(message.contains(expected), "{line}: {message}");
+        }
+    }
+}

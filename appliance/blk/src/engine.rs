@@ -1,0 +1,600 @@
+//! One io_uring for one ring: the requests' I/O, the kick and the call go through it, so its thread waits in one place.
+//!
+//! # Theory of operation
+//! A request is known by the head of its chain, and has at most one operation at the kernel. [`Engine::map_segments`] and
+//! its kin say which memory the operation of a head works on; [`Engine::transfer`] starts it; [`Engine::wait`] and
+//! [`Engine::next_completion`] tell the outcome. A transfer that comes back short is continued here, so a completion is
+//! all or an error.
+//!
+//! Kick and call eventfds belong to the peer, who may make any read or write of them block. Therefore they are read and
+//! written through the ring only, one operation each.
+//!
+//! # Safety
+//! The kernel reads and writes the memory of an operation until its completion has been taken from the ring. The engine
+//! owns all of it (mapped driver memory by reference count, buffers by value, the list of pieces) in one [`Transfer`] per
+//! head, and `busy` there is true from the submission to the completion: nothing changes or frees a busy transfer. An
+//! engine that is dropped waits for its operations; one that cannot, leaks their memory.
+
+#![expect(
+    unsafe_code,
+    reason = "operations are handed to the kernel by address; the module's text says who keeps them"
+)]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use io_uring::squeue::Flags;
+use io_uring::types::{CancelBuilder, Fd, Fixed, FsyncFlags, SubmitArgs, Timespec};
+use io_uring::{IoUring, cqueue, opcode, squeue};
+use vm_memory::{GuestMemory, GuestMemoryError, Permissions};
+
+use crate::DriverMemory;
+use crate::aligned_buffer::AlignedBuffer;
+use crate::chain::Segment;
+use crate::image::{Alignment, Image};
+
+/// Most pieces of memory in one transfer; readv(2) takes 1024. More than seg_max, because a segment that spans memory
+/// regions has a piece in each.
+const MAX_PIECES: usize = 256;
+
+/// Operations beside those of requests, with reserve: for each watched event two and two cancellations, two signals, a
+/// last cancellation and a no-operation.
+const EXTRA_OPERATIONS: u32 = 16;
+
+/// How long the last interrupts of a ring may take to be delivered when it stops.
+const LAST_SIGNAL_LIMIT: Timespec = Timespec::new().sec(1);
+
+/// Bytes of zeroes that are kept for writing; a longer write repeats them.
+const ZEROES_LEN: usize = 64 * 1024;
+
+/// The image's index among the ring's registered files.
+const IMAGE: Fixed = Fixed(0);
+
+/// Why the engine stopped working.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum EngineError {
+    #[error("io_uring cannot be set up; it needs Linux 6.1 with kernel.io_uring_disabled=0")]
+    Setup(#[source] io::Error),
+    #[error("io_uring refuses to work")]
+    Enter(#[source] io::Error),
+    #[error("io_uring has no room for an operation")]
+    Full,
+    #[error("head {head} has no idle transfer")]
+    Busy { head: u16 },
+}
+
+/// Why memory cannot be mapped for a transfer.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum MapError {
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    #[error("driver memory is gone")]
+    Memory(#[from] GuestMemoryError),
+    #[error("request has more than {MAX_PIECES} pieces of memory")]
+    TooManyPieces,
+}
+
+/// Direction as the image sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Direction {
+    Read,
+    Write,
+}
+
+/// An event that the engine watches: one read of its eventfd is always pending.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Watch {
+    /// The driver's notification.
+    Kick,
+    /// Our own, from other threads.
+    Wakeup,
+}
+
+/// A peer's eventfd that the engine writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Signal {
+    /// Used buffers.
+    Call,
+    /// The ring is broken.
+    Error,
+}
+
+/// What the kernel has finished.
+#[derive(Debug)]
+pub(crate) enum Completion {
+    /// The operation of a request. `transferred` bytes were moved, all of them if there is no error.
+    Request { head: u16, transferred: u64, result: Result<(), io::Error> },
+    /// An event fired; it is watched further.
+    Event(Watch),
+    /// An event cannot be watched any more.
+    WatchFailed(Watch, io::Error),
+}
+
+/// Memory and progress of the operation of one head.
+#[derive(Default)]
+struct Transfer {
+    busy: bool,
+    direction: Option<Direction>,
+    /// Image offset of the first byte.
+    offset: u64,
+    transferred: u64,
+    pieces: Vec<libc::iovec>,
+    /// Pieces before this one are done.
+    next: usize,
+    /// Keeps the pieces' memory mapped.
+    memory: Option<Arc<DriverMemory>>,
+    /// Is the pieces' memory.
+    buffer: Option<AlignedBuffer>,
+}
+
+impl Transfer {
+    fn reset(&mut self) {
+        self.pieces.clear();
+        self.next = 0;
+        self.transferred = 0;
+        self.direction = None;
+        self.memory = None;
+        self.buffer = None;
+    }
+
+    /// Moves the start of the pieces forward by `bytes`.
+    fn advance(&mut self, mut bytes: usize) {
+        self.transferred += bytes as u64;
+        while let Some(piece) = self.pieces.get_mut(self.next) {
+            if bytes < piece.iov_len {
+                // Stays inside of the piece. Only the kernel ever dereferences the pointer.
+                piece.iov_base = piece.iov_base.wrapping_byte_add(bytes);
+                piece.iov_len -= bytes;
+                return;
+            }
+            bytes -= piece.iov_len;
+            self.next += 1;
+        }
+    }
+
+    fn is_done(&self) -> bool {
+        self.next >= self.pieces.len()
+    }
+}
+
+/// A watched event.
+#[derive(Default)]
+struct Watched {
+    file: Option<Arc<dyn AsFd + Send + Sync>>,
+    /// File to watch instead, once the pending read has been cancelled.
+    replacement: Option<Arc<dyn AsFd + Send + Sync>>,
+    pending: bool,
+}
+
+/// A signalled event.
+#[derive(Default)]
+struct Signalled {
+    /// File of the write that is pending.
+    pending: Option<Arc<File>>,
+    /// Signal once more when it is written: it may have been read before the reason for the new signal existed.
+    again: Option<Arc<File>>,
+}
+
+/// The numbers that eventfd reads and writes move.
+struct Words {
+    kick: AtomicU64,
+    wakeup: AtomicU64,
+    one: AtomicU64,
+}
+
+/// See the module's text.
+pub(crate) struct Engine {
+    ring: IoUring,
+    transfers: Vec<Transfer>,
+    kick: Watched,
+    wakeup: Watched,
+    call: Signalled,
+    error: Signalled,
+    words: Box<Words>,
+    zeroes: AlignedBuffer,
+    /// Operations whose completion has not been taken.
+    pending: usize,
+    /// No event is watched again.
+    closing: bool,
+    _image: Arc<Image>,
+}
+
+impl Engine {
+    /// Sets up an io_uring for the I/O of `queue_size` heads on `image`. All further calls must come from this thread.
+    pub(crate) fn new(image: &Arc<Image>, queue_size: u16) -> Result<Self, EngineError> {
+        let entries = (u32::from(queue_size) + EXTRA_OPERATIONS).next_power_of_two();
+        let ring = IoUring::builder()
+            .dontfork()
+            .setup_single_issuer()
+            .setup_defer_taskrun()
+            .build(entries)
+            .map_err(EngineError::Setup)?;
+        ring.submitter().register_files(&[image.file().as_raw_fd()]).map_err(EngineError::Setup)?;
+        let mut transfers = Vec::new();
+        transfers.resize_with(usize::from(queue_size), Transfer::default);
+        Ok(Self {
+            ring,
+            transfers,
+            kick: Watched::default(),
+            wakeup: Watched::default(),
+            call: Signalled::default(),
+            error: Signalled::default(),
+            words: Box::new(Words { kick: 0.into(), wakeup: 0.into(), one: 1.into() }),
+            zeroes: AlignedBuffer::new(ZEROES_LEN, 4096),
+            pending: 0,
+            closing: false,
+            _image: Arc::clone(image),
+        })
+    }
+
+    /// Tries whether an engine for `image` can be set up at all.
+    pub(crate) fn probe(image: &Arc<Image>) -> Result<(), EngineError> {
+        Self::new(image, 1).map(drop)
+    }
+
+    /// The transfer of `head` is to work on driver memory, in place.
+    pub(crate) fn map_segments(
+        &mut self,
+        head: u16,
+        memory: &Arc<DriverMemory>,
+        segments: &[Segment],
+    ) -> Result<(), MapError> {
+        let transfer = self.idle(head)?;
+        transfer.reset();
+        for segment in segments {
+            for slice in memory.get_slices(segment.address, segment.len as usize, Permissions::ReadWrite)? {
+                let slice = slice?;
+                if transfer.pieces.len() == MAX_PIECES {
+                    return Err(MapError::TooManyPieces);
+                }
+                let iov_base = slice.ptr_guard_mut().as_ptr().cast();
+                transfer.pieces.push(libc::iovec { iov_base, iov_len: slice.len() });
+            }
+        }
+        transfer.memory = Some(Arc::clone(memory));
+        Ok(())
+    }
+
+    /// The transfer of `head` is to work on the first `len` bytes of a buffer.
+    pub(crate) fn map_buffer(&mut self, head: u16, mut buffer: AlignedBuffer, len: usize) -> Result<(), EngineError> {
+        let transfer = self.idle(head)?;
+        transfer.reset();
+        let bytes = buffer.bytes_mut();
+        let iov_len = len.min(bytes.len());
+        transfer.pieces.push(libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len });
+        transfer.buffer = Some(buffer);
+        Ok(())
+    }
+
+    /// The transfer of `head` is to write zeroes. Returns how many bytes, at most `len`.
+    pub(crate) fn map_zeroes(&mut self, head: u16, len: u64) -> Result<u64, EngineError> {
+        let iov_base = self.zeroes.bytes().as_ptr().cast_mut().cast();
+        let transfer = self.idle(head)?;
+        transfer.reset();
+        let mut left = len;
+        while left > 0 && transfer.pieces.len() < MAX_PIECES {
+            let iov_len = usize::try_from(left).map_or(ZEROES_LEN, |left| left.min(ZEROES_LEN));
+            transfer.pieces.push(libc::iovec { iov_base, iov_len });
+            left -= iov_len as u64;
+        }
+        Ok(len - left)
+    }
+
+    /// Whether direct I/O can work on what was mapped for `head` by [`Engine::map_segments`].
+    pub(crate) fn is_aligned(&self, head: u16, alignment: Alignment) -> bool {
+        self.transfers.get(usize::from(head)).is_some_and(|transfer| {
+            transfer.pieces.iter().all(|piece| {
+                piece.iov_base.addr().is_multiple_of(alignment.memory as usize)
+                    && piece.iov_len.is_multiple_of(alignment.offset as usize)
+            })
+        })
+    }
+
+    /// Gives the buffer of [`Engine::map_buffer`] back, once the operation has completed.
+    pub(crate) fn take_buffer(&mut self, head: u16) -> Option<AlignedBuffer> {
+        self.idle(head).ok()?.buffer.take()
+    }
+
+    /// Lets go of the memory that was mapped for `head`, once the operation has completed.
+    pub(crate) fn unmap(&mut self, head: u16) {
+        if let Ok(transfer) = self.idle(head) {
+            transfer.reset();
+        }
+    }
+
+    fn idle(&mut self, head: u16) -> Result<&mut Transfer, EngineError> {
+        match self.transfers.get_mut(usize::from(head)) {
+            Some(transfer) if !transfer.busy => Ok(transfer),
+            _ => Err(EngineError::Busy { head }),
+        }
+    }
+
+    /// Starts to move all that was mapped for `head` from or to `offset` of the image.
+    pub(crate) fn transfer(&mut self, head: u16, direction: Direction, offset: u64) -> Result<(), EngineError> {
+        let transfer = self.idle(head)?;
+        transfer.direction = Some(direction);
+        transfer.offset = offset;
+        self.start_transfer(head)
+    }
+
+    fn start_transfer(&mut self, head: u16) -> Result<(), EngineError> {
+        let transfer = self.idle(head)?;
+        let pieces = transfer.pieces.get(transfer.next..).unwrap_or_default();
+        let offset = transfer.offset.saturating_add(transfer.transferred);
+        let count = u32::try_from(pieces.len()).unwrap_or(0);
+        let entry = match transfer.direction {
+            Some(Direction::Write) => opcode::Writev::new(IMAGE, pieces.as_ptr(), count).offset(offset).build(),
+            _ => opcode::Readv::new(IMAGE, pieces.as_ptr(), count).offset(offset).build(),
+        };
+        self.start(head, entry)
+    }
+
+    /// Starts to make durable what was written before (fdatasync).
+    pub(crate) fn sync(&mut self, head: u16) -> Result<(), EngineError> {
+        self.idle(head)?.reset();
+        self.start(head, opcode::Fsync::new(IMAGE).flags(FsyncFlags::DATASYNC).build())
+    }
+
+    /// Starts fallocate(2) with `mode` on a range of the image.
+    pub(crate) fn fallocate(&mut self, head: u16, mode: i32, offset: u64, len: u64) -> Result<(), EngineError> {
+        self.idle(head)?.reset();
+        self.start(head, opcode::Fallocate::new(IMAGE, len).offset(offset).mode(mode).build())
+    }
+
+    fn start(&mut self, head: u16, entry: squeue::Entry) -> Result<(), EngineError> {
+        // Before the push: from now on nothing touches what the entry points at.
+        self.idle(head)?.busy = true;
+        self.push(entry.user_data(u64::from(head)))
+    }
+
+    /// Watches an event; one that is watched already is replaced.
+    pub(crate) fn watch(&mut self, watch: Watch, file: Arc<dyn AsFd + Send + Sync>) -> Result<(), EngineError> {
+        let watched = self.watched(watch);
+        if watched.pending {
+            watched.replacement = Some(file);
+            for tag in [tag_of(watch) | TAG_POLL, tag_of(watch)] {
+                let cancel = opcode::AsyncCancel2::new(CancelBuilder::user_data(tag)).build();
+                self.push_untracked(cancel.user_data(TAG_UNTRACKED))?;
+            }
+            return Ok(());
+        }
+        watched.file = Some(file);
+        self.start_watch(watch)
+    }
+
+    fn watched(&mut self, watch: Watch) -> &mut Watched {
+        match watch {
+            Watch::Kick => &mut self.kick,
+            Watch::Wakeup => &mut self.wakeup,
+        }
+    }
+
+    /// Waits for the eventfd to be readable, then reads it. The peer decides whether its eventfd blocks: the wait is for
+    /// one that does not, the read through the ring for one that does.
+    fn start_watch(&mut self, watch: Watch) -> Result<(), EngineError> {
+        let watched = self.watched(watch);
+        let Some(file) = &watched.file else { return Ok(()) };
+        let fd = Fd(raw_fd(file.as_ref()));
+        watched.pending = true;
+        let word = match watch {
+            Watch::Kick => &self.words.kick,
+            Watch::Wakeup => &self.words.wakeup,
+        };
+        let readable = u32::from(libc::POLLIN.cast_unsigned());
+        let poll = opcode::PollAdd::new(fd, readable).build();
+        let read = opcode::Read::new(fd, word.as_ptr().cast(), 8).build();
+        // A poll that succeeds says nothing; one that fails fails the read with it.
+        self.push_untracked(poll.flags(Flags::IO_LINK | Flags::SKIP_SUCCESS).user_data(tag_of(watch) | TAG_POLL))?;
+        self.push(read.user_data(tag_of(watch)))
+    }
+
+    /// Adds one to a peer's eventfd.
+    pub(crate) fn signal(&mut self, signal: Signal, file: Arc<File>) -> Result<(), EngineError> {
+        let (signalled, tag) = match signal {
+            Signal::Call => (&mut self.call, TAG_CALL),
+            Signal::Error => (&mut self.error, TAG_ERROR),
+        };
+        if signalled.pending.is_some() {
+            signalled.again = Some(file);
+            return Ok(());
+        }
+        let write = opcode::Write::new(Fd(file.as_raw_fd()), self.words.one.as_ptr().cast(), 8).build();
+        signalled.pending = Some(file);
+        self.push(write.user_data(tag))
+    }
+
+    fn push(&mut self, entry: squeue::Entry) -> Result<(), EngineError> {
+        self.push_untracked(entry)?;
+        self.pending += 1;
+        Ok(())
+    }
+
+    /// For operations that use no memory and whose completion nobody waits for.
+    fn push_untracked(&mut self, entry: squeue::Entry) -> Result<(), EngineError> {
+        // SAFETY: what the entry points at is a busy transfer, `words` or `zeroes`; the module's text says why all of it
+        // stays until the completion. Descriptors are kept in `file` or `pending` until then.
+        unsafe { self.ring.submission().push(&entry) }.map_err(|_full| EngineError::Full)
+    }
+
+    /// Hands the started operations to the kernel and waits until something is complete.
+    pub(crate) fn wait(&mut self) -> Result<(), EngineError> {
+        loop {
+            match self.ring.submit_and_wait(1) {
+                Ok(_) => return Ok(()),
+                Err(error) => match error.raw_os_error() {
+                    Some(libc::EINTR) => {}
+                    // Short of memory or of room for completions: take some, then try again.
+                    Some(libc::EAGAIN | libc::EBUSY) if !self.ring.completion().is_empty() => return Ok(()),
+                    Some(libc::EAGAIN | libc::EBUSY) => std::thread::yield_now(),
+                    _ => return Err(EngineError::Enter(error)),
+                },
+            }
+        }
+    }
+
+    /// Makes the next [`Engine::wait`] return at once, with what is complete by then.
+    pub(crate) fn do_not_block(&mut self) -> Result<(), EngineError> {
+        self.push_untracked(opcode::Nop::new().build().user_data(TAG_UNTRACKED))
+    }
+
+    /// Takes one completion. Events are watched again, short transfers continued and unfinished signals repeated.
+    pub(crate) fn next_completion(&mut self) -> Result<Option<Completion>, EngineError> {
+        loop {
+            let Some(entry) = self.ring.completion().next() else { return Ok(None) };
+            let completion = self.dispatch(&entry)?;
+            if completion.is_some() {
+                return Ok(completion);
+            }
+        }
+    }
+
+    fn dispatch(&mut self, entry: &cqueue::Entry) -> Result<Option<Completion>, EngineError> {
+        let tag = entry.user_data();
+        if tag & (TAG_POLL | TAG_UNTRACKED) != 0 {
+            return Ok(None);
+        }
+        self.pending = self.pending.saturating_sub(1);
+        match tag {
+            TAG_KICK => self.finish_watch(Watch::Kick, entry.result()),
+            TAG_WAKEUP => self.finish_watch(Watch::Wakeup, entry.result()),
+            TAG_CALL => self.finish_signal(Signal::Call),
+            TAG_ERROR => self.finish_signal(Signal::Error),
+            head => self.finish_request(u16::try_from(head).unwrap_or(u16::MAX), entry.result()),
+        }
+    }
+
+    fn finish_request(&mut self, head: u16, result: i32) -> Result<Option<Completion>, EngineError> {
+        let Some(transfer) = self.transfers.get_mut(usize::from(head)) else { return Ok(None) };
+        transfer.busy = false;
+        let moved = transfer.direction.is_some();
+        let result = match usize::try_from(result) {
+            Err(_negative) if result == -libc::EINTR || result == -libc::EAGAIN => {
+                // Only reads and writes are repeated here; the rest is for the caller to judge.
+                if moved {
+                    self.start_transfer(head)?;
+                    return Ok(None);
+                }
+                Err(io::Error::from_raw_os_error(-result))
+            }
+            Err(_negative) => Err(io::Error::from_raw_os_error(-result)),
+            Ok(_) if !moved => Ok(()),
+            Ok(bytes) => {
+                transfer.advance(bytes);
+                if transfer.is_done() {
+                    Ok(())
+                } else if bytes == 0 {
+                    Err(io::ErrorKind::UnexpectedEof.into())
+                } else {
+                    self.start_transfer(head)?;
+                    return Ok(None);
+                }
+            }
+        };
+        let transferred = self.transfers.get(usize::from(head)).map_or(0, |transfer| transfer.transferred);
+        Ok(Some(Completion::Request { head, transferred, result }))
+    }
+
+    fn finish_watch(&mut self, watch: Watch, result: i32) -> Result<Option<Completion>, EngineError> {
+        let closing = self.closing;
+        let watched = self.watched(watch);
+        watched.pending = false;
+        if closing {
+            watched.file = None;
+            return Ok(None);
+        }
+        let replaced = watched.replacement.take();
+        let failed = !(result == 8 || result == -libc::EAGAIN || result == -libc::EINTR);
+        if replaced.is_none() && failed {
+            watched.file = None;
+            let error = if result < 0 {
+                io::Error::from_raw_os_error(-result)
+            } else {
+                io::Error::from(io::ErrorKind::UnexpectedEof)
+            };
+            return Ok(Some(Completion::WatchFailed(watch, error)));
+        }
+        if replaced.is_some() {
+            watched.file = replaced;
+        }
+        self.start_watch(watch)?;
+        Ok(Some(Completion::Event(watch)))
+    }
+
+    fn finish_signal(&mut self, signal: Signal) -> Result<Option<Completion>, EngineError> {
+        let signalled = match signal {
+            Signal::Call => &mut self.call,
+            Signal::Error => &mut self.error,
+        };
+        // A full counter (EAGAIN) is a signal that is pending anyway; any other failure is the peer's own loss.
+        signalled.pending = None;
+        if let Some(file) = signalled.again.take() {
+            self.signal(signal, file)?;
+        }
+        Ok(None)
+    }
+
+    /// Ends all that is pending. Requests must have completed before; signals get [`LAST_SIGNAL_LIMIT`] to be delivered.
+    pub(crate) fn close(&mut self) -> Result<(), EngineError> {
+        self.closing = true;
+        while self.call.pending.is_some() || self.error.pending.is_some() {
+            let limit = SubmitArgs::new().timespec(&LAST_SIGNAL_LIMIT);
+            let waited = self.ring.submitter().submit_with_args(1, &limit);
+            self.take_completions()?;
+            if waited.is_err_and(|error| error.raw_os_error() == Some(libc::ETIME)) {
+                break;
+            }
+        }
+        self.call.again = None;
+        self.error.again = None;
+        if self.pending > 0 {
+            self.push_untracked(opcode::AsyncCancel2::new(CancelBuilder::any()).build().user_data(TAG_UNTRACKED))?;
+        }
+        while self.pending > 0 {
+            self.wait()?;
+            self.take_completions()?;
+        }
+        Ok(())
+    }
+
+    fn take_completions(&mut self) -> Result<(), EngineError> {
+        while self.next_completion()?.is_some() {}
+        Ok(())
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        if let Err(error) = self.close() {
+            tracing::error!(%error, pending = self.pending, "io_uring cannot be ended; its memory is leaked");
+            // The kernel may still use the memory of every pending operation.
+            std::mem::forget(std::mem::take(&mut self.transfers));
+            let empty = Words { kick: 0.into(), wakeup: 0.into(), one: AtomicU64::new(1) };
+            std::mem::forget(std::mem::replace(&mut self.words, Box::new(empty)));
+            std::mem::forget(std::mem::replace(&mut self.zeroes, AlignedBuffer::new(0, 1)));
+        }
+        debug_assert_eq!(self.words.one.load(Ordering::Relaxed), 1);
+    }
+}
+
+fn raw_fd(file: &(dyn AsFd + Send + Sync)) -> RawFd {
+    file.as_fd().as_raw_fd()
+}
+
+// Values of user_data above those of heads.
+const TAG_KICK: u64 = 1 << 32;
+const TAG_WAKEUP: u64 = 2 << 32;
+const TAG_CALL: u64 = 3 << 32;
+const TAG_ERROR: u64 = 4 << 32;
+/// Bit beside that of a watch: the poll before the read.
+const TAG_POLL: u64 = 1 << 40;
+const TAG_UNTRACKED: u64 = 1 << 41;
+
+fn tag_of(watch: Watch) -> u64 {
+    match watch {
+        Watch::Kick => TAG_KICK,
+        Watch::Wakeup => TAG_WAKEUP,
+    }
+}

@@ -1,0 +1,641 @@
+//! Carries out the requests of one queue on the engine.
+//!
+//! # Theory of operation
+//! Each head has a [`Slot`]. [`Executor::start`] plans the request and starts its first operation; each completion leads
+//! to the next one ([`Stage`]) or finishes the request: its status byte is written and its head appears among
+//! [`Executor::take_finished`].
+//!
+//! Data moves in place wherever alignment permits. Otherwise it takes the way over a bounce buffer, window by window, and
+//! a write that covers a block only partly reads the block first. For that a request may need a buffer and a passage
+//! through the [`WriteGate`](crate::write_gate::WriteGate). If it cannot have both at once it takes neither and waits in
+//! line, so none waits for another that waits.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
+use std::time::Instant;
+
+use libc::{FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE};
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::DriverMemory;
+use crate::aligned_buffer::AlignedBuffer;
+use crate::bounce::{BufferPool, Window};
+use crate::chain::{Segment, total_len};
+use crate::counters::QueueCounters;
+use crate::device::Device;
+use crate::driver_data::{copy_from_driver, copy_to_driver};
+use crate::engine::{Direction, Engine, EngineError, MapError};
+use crate::request::{ByteRange, DiskRules, Plan, Request, RequestKind, Status};
+use crate::wakeup::Wakeup;
+use crate::write_gate::Passage;
+
+/// A request that is done, for the used ring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Finished {
+    pub(crate) head: u16,
+    pub(crate) written_len: u32,
+}
+
+/// The operation that a request waits for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+enum Stage {
+    /// None: the slot is free, or its request is in line.
+    #[default]
+    Idle,
+    /// Data straight between image and driver memory.
+    InPlace(Direction),
+    /// The window is read for the driver.
+    BounceRead(Window),
+    /// The window's blocks are read, to be overlaid.
+    BounceFill(Window),
+    /// The window is written.
+    BounceWrite(Window),
+    /// fallocate(2) with this mode on the current range.
+    Fallocate(i32),
+    /// This many zeroes are written.
+    WriteZeroes(u64),
+    /// The last step of a flush, and of a write that must be durable.
+    Sync,
+}
+
+/// What a request must have before its data can move.
+#[derive(Debug, Clone, Copy, Default)]
+struct Needs {
+    buffer: bool,
+    passage: Option<Passage>,
+}
+
+/// One request. The vectors keep their memory from one request to the next.
+#[derive(Default)]
+struct Slot {
+    request: Option<Request>,
+    memory: Option<Arc<DriverMemory>>,
+    data: Vec<Segment>,
+    stage: Stage,
+    needs: Needs,
+    passage: Option<Passage>,
+    buffer: Option<AlignedBuffer>,
+    /// What is to be done: one range for a transfer, several for DISCARD and WRITE_ZEROES.
+    ranges: Vec<ByteRange>,
+    /// The current range.
+    range: usize,
+    /// Bytes of the current range that are done.
+    done: u64,
+}
+
+impl Slot {
+    fn range(&self) -> Option<ByteRange> {
+        self.ranges.get(self.range).copied()
+    }
+
+    fn kind(&self) -> Option<RequestKind> {
+        self.request.map(|request| request.kind)
+    }
+}
+
+/// See the module's text.
+pub(crate) struct Executor<'a> {
+    pub(crate) engine: Engine,
+    device: &'a Device,
+    counters: &'a QueueCounters,
+    rules: DiskRules,
+    wakeup: Arc<Wakeup>,
+    slots: Vec<Slot>,
+    line: VecDeque<u16>,
+    buffers: BufferPool,
+    finished: Vec<Finished>,
+    in_flight: usize,
+}
+
+impl<'a> Executor<'a> {
+    /// For the heads of a ring of `queue_size` entries. `wakeup` fires when the gate opens.
+    pub(crate) fn new(
+        device: &'a Device,
+        counters: &'a QueueCounters,
+        queue_size: u16,
+        features: u64,
+        wakeup: &Arc<Wakeup>,
+    ) -> Result<Self, EngineError> {
+        let mut slots = Vec::new();
+        slots.resize_with(usize::from(queue_size), Slot::default);
+        Ok(Self {
+            engine: Engine::new(&device.image, queue_size)?,
+            device,
+            counters,
+            rules: device.rules(features),
+            wakeup: Arc::clone(wakeup),
+            slots,
+            line: VecDeque::new(),
+            buffers: BufferPool::new(device.image.alignment()),
+            finished: Vec::new(),
+            in_flight: 0,
+        })
+    }
+
+    /// Requests that were started and are not in the used ring.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// The request of this head is not finished.
+    pub(crate) fn is_in_flight(&self, head: u16) -> bool {
+        self.slots.get(usize::from(head)).is_some_and(|slot| slot.request.is_some())
+    }
+
+    /// Takes one request that is done. Its head may be used again.
+    pub(crate) fn take_finished(&mut self) -> Option<Finished> {
+        let finished = self.finished.pop()?;
+        self.in_flight = self.in_flight.saturating_sub(1);
+        Some(finished)
+    }
+
+    /// Starts a request. `data` is exchanged for an empty vector. The head must not be in flight.
+    pub(crate) fn start(
+        &mut self,
+        head: u16,
+        request: Request,
+        memory: &Arc<DriverMemory>,
+        data: &mut Vec<Segment>,
+    ) -> Result<(), EngineError> {
+        let Some(slot) = self.slots.get_mut(usize::from(head)) else { return Err(EngineError::Busy { head }) };
+        slot.request = Some(request);
+        slot.memory = Some(Arc::clone(memory));
+        std::mem::swap(&mut slot.data, data);
+        data.clear();
+        slot.stage = Stage::Idle;
+        slot.ranges.clear();
+        slot.range = 0;
+        slot.done = 0;
+        let plan = self.rules.plan(&request, total_len(&slot.data));
+        self.in_flight += 1;
+        match plan {
+            Plan::Answer(status) => self.finish(head, status),
+            Plan::Identify => self.identify(head),
+            Plan::Sync => self.start_sync(head),
+            Plan::Ranges => self.start_ranges(head),
+            Plan::Read(range) => self.start_transfer(head, Direction::Read, range),
+            Plan::Write(range) => self.start_transfer(head, Direction::Write, range),
+        }
+    }
+
+    fn slot(&mut self, head: u16) -> Result<&mut Slot, EngineError> {
+        self.slots.get_mut(usize::from(head)).ok_or(EngineError::Busy { head })
+    }
+
+    fn identify(&mut self, head: u16) -> Result<(), EngineError> {
+        let serial = self.device.serial;
+        let slot = self.slot(head)?;
+        let Some(memory) = &slot.memory else { return self.finish(head, Status::IoError) };
+        let status = copy_to_driver(memory.as_ref(), &slot.data, 0, &serial).map_or(Status::IoError, |()| Status::Ok);
+        self.finish(head, status)
+    }
+
+    fn start_transfer(&mut self, head: u16, direction: Direction, range: ByteRange) -> Result<(), EngineError> {
+        if range.len == 0 {
+            return self.finish(head, Status::Ok);
+        }
+        let Some(slot) = self.slots.get_mut(usize::from(head)) else { return Err(EngineError::Busy { head }) };
+        slot.ranges.push(range);
+        let Some(memory) = &slot.memory else { return Err(EngineError::Busy { head }) };
+        let mapped = self.engine.map_segments(head, memory, &slot.data);
+        let alignment = self.device.image.alignment();
+        let aligned = is_aligned(&range, alignment.offset);
+        let in_place = match mapped {
+            Ok(()) => !self.device.image.direct() || (aligned && self.engine.is_aligned(head, alignment)),
+            Err(MapError::TooManyPieces) => false,
+            Err(MapError::Engine(error)) => return Err(error),
+            Err(error @ MapError::Memory(_)) => return self.fail(head, &io::Error::other(error)),
+        };
+        let slot = self.slot(head)?;
+        slot.needs.buffer = !in_place;
+        slot.needs.passage = match direction {
+            Direction::Read => None,
+            Direction::Write if aligned => Some(Passage::Shared),
+            Direction::Write => Some(Passage::Exclusive),
+        };
+        self.enter_line(head)
+    }
+
+    fn start_ranges(&mut self, head: u16) -> Result<(), EngineError> {
+        let rules = self.rules;
+        let alignment = self.device.image.alignment().offset;
+        let slot = self.slot(head)?;
+        let (Some(memory), Some(kind)) = (&slot.memory, slot.kind()) else { return Err(EngineError::Busy { head }) };
+        // Copied once; the plan has bounded the length.
+        let mut payload = vec![0; usize::try_from(total_len(&slot.data)).unwrap_or(0)];
+        if copy_from_driver(memory.as_ref(), &slot.data, 0, &mut payload).is_err() {
+            return self.finish(head, Status::IoError);
+        }
+        if let Err(status) = rules.parse_ranges(kind, &payload, &mut slot.ranges) {
+            return self.finish(head, status);
+        }
+        let whole_blocks = kind == RequestKind::Discard || slot.ranges.iter().all(|range| is_aligned(range, alignment));
+        slot.needs.buffer = !whole_blocks;
+        slot.needs.passage = Some(if whole_blocks { Passage::Shared } else { Passage::Exclusive });
+        self.enter_line(head)
+    }
+
+    fn enter_line(&mut self, head: u16) -> Result<(), EngineError> {
+        self.line.push_back(head);
+        if self.line.len() == 1 { self.advance_line() } else { self.overtake(head) }
+    }
+
+    /// Lets a request that needs nothing pass those that wait.
+    fn overtake(&mut self, head: u16) -> Result<(), EngineError> {
+        let free = self.device.image.gate().is_none();
+        let slot = self.slot(head)?;
+        if !slot.needs.buffer && (slot.needs.passage.is_none() || free) {
+            self.line.pop_back();
+            return self.run(head);
+        }
+        Ok(())
+    }
+
+    /// Starts the requests in line whose needs can be met.
+    pub(crate) fn advance_line(&mut self) -> Result<(), EngineError> {
+        while let Some(&head) = self.line.front() {
+            if !self.meet_needs(head)? {
+                return Ok(());
+            }
+            self.line.pop_front();
+            self.run(head)?;
+        }
+        Ok(())
+    }
+
+    fn meet_needs(&mut self, head: u16) -> Result<bool, EngineError> {
+        let slot = self.slots.get_mut(usize::from(head)).ok_or(EngineError::Busy { head })?;
+        let took_buffer = slot.needs.buffer && slot.buffer.is_none();
+        if took_buffer {
+            slot.buffer = self.buffers.take();
+            if slot.buffer.is_none() {
+                return Ok(false);
+            }
+        }
+        let (Some(gate), Some(passage), None) = (self.device.image.gate(), slot.needs.passage, slot.passage) else {
+            return Ok(true);
+        };
+        if gate.try_enter(passage, &self.wakeup) {
+            slot.passage = Some(passage);
+            return Ok(true);
+        }
+        if let Some(buffer) = slot.buffer.take_if(|_| took_buffer) {
+            self.buffers.give_back(buffer);
+        }
+        Ok(false)
+    }
+
+    /// Starts the next operation on the current range.
+    fn run(&mut self, head: u16) -> Result<(), EngineError> {
+        let slot = self.slot(head)?;
+        let (Some(kind), Some(range)) = (slot.kind(), slot.range()) else { return self.finish_data(head) };
+        match kind {
+            RequestKind::Discard => self.run_discard(head, &range),
+            RequestKind::WriteZeroes if slot.needs.buffer => self.run_bounce(head, Direction::Write, &range),
+            RequestKind::WriteZeroes if range.len == 0 => self.next_range(head),
+            RequestKind::WriteZeroes => {
+                let mode = if range.unmap { FALLOC_FL_PUNCH_HOLE } else { FALLOC_FL_ZERO_RANGE };
+                self.run_fallocate(head, mode, range.offset, range.len)
+            }
+            _ => {
+                let direction = if kind == RequestKind::Read { Direction::Read } else { Direction::Write };
+                if slot.needs.buffer {
+                    return self.run_bounce(head, direction, &range);
+                }
+                slot.stage = Stage::InPlace(direction);
+                self.engine.transfer(head, direction, range.offset)
+            }
+        }
+    }
+
+    /// Deallocates the whole blocks in the range; DISCARD promises nothing about the rest.
+    fn run_discard(&mut self, head: u16, range: &ByteRange) -> Result<(), EngineError> {
+        let alignment = u64::from(self.device.image.alignment().offset);
+        let start = range.offset.next_multiple_of(alignment);
+        let end = range.offset + range.len;
+        let end = end - end % alignment;
+        if start >= end {
+            return self.next_range(head);
+        }
+        self.run_fallocate(head, FALLOC_FL_PUNCH_HOLE, start, end - start)
+    }
+
+    fn run_fallocate(&mut self, head: u16, mode: i32, offset: u64, len: u64) -> Result<(), EngineError> {
+        self.slot(head)?.stage = Stage::Fallocate(mode);
+        self.engine.fallocate(head, mode | FALLOC_FL_KEEP_SIZE, offset, len)
+    }
+
+    fn run_write_zeroes(&mut self, head: u16, range: &ByteRange) -> Result<(), EngineError> {
+        let done = self.slot(head)?.done;
+        let len = self.engine.map_zeroes(head, range.len - done)?;
+        self.slot(head)?.stage = Stage::WriteZeroes(len);
+        self.engine.transfer(head, Direction::Write, range.offset + done)
+    }
+
+    fn run_bounce(&mut self, head: u16, direction: Direction, range: &ByteRange) -> Result<(), EngineError> {
+        let alignment = self.device.image.alignment().offset;
+        let slot = self.slot(head)?;
+        if slot.done == range.len {
+            return self.next_range(head);
+        }
+        let window = Window::first_of(range.offset + slot.done, range.len - slot.done, alignment);
+        let Some(buffer) = slot.buffer.take() else { return Err(EngineError::Busy { head }) };
+        match direction {
+            Direction::Read => self.bounce(head, buffer, Stage::BounceRead(window)),
+            Direction::Write if window.is_whole() => self.write_window(head, buffer, window),
+            Direction::Write => self.bounce(head, buffer, Stage::BounceFill(window)),
+        }
+    }
+
+    /// Puts the data of the window into the buffer and writes it.
+    fn write_window(&mut self, head: u16, mut buffer: AlignedBuffer, window: Window) -> Result<(), EngineError> {
+        let slot = self.slot(head)?;
+        let target = buffer.bytes_mut().get_mut(window.data()).unwrap_or_default();
+        let copied = match &slot.memory {
+            Some(memory) if slot.kind() == Some(RequestKind::Write) => {
+                copy_from_driver(memory.as_ref(), &slot.data, slot.done, target)
+            }
+            _ => {
+                target.fill(0);
+                Ok(())
+            }
+        };
+        if let Err(error) = copied {
+            self.buffers.give_back(buffer);
+            return self.fail(head, &io::Error::other(error));
+        }
+        self.bounce(head, buffer, Stage::BounceWrite(window))
+    }
+
+    fn bounce(&mut self, head: u16, buffer: AlignedBuffer, stage: Stage) -> Result<(), EngineError> {
+        let (direction, window) = match stage {
+            Stage::BounceWrite(window) => (Direction::Write, window),
+            Stage::BounceRead(window) | Stage::BounceFill(window) => (Direction::Read, window),
+            _ => return Err(EngineError::Busy { head }),
+        };
+        self.slot(head)?.stage = stage;
+        self.engine.map_buffer(head, buffer, window.len)?;
+        self.engine.transfer(head, direction, window.offset)
+    }
+
+    /// Takes the outcome of a request's operation and starts what follows.
+    pub(crate) fn complete(
+        &mut self,
+        head: u16,
+        transferred: u64,
+        result: Result<(), io::Error>,
+    ) -> Result<(), EngineError> {
+        let stage = std::mem::take(&mut self.slot(head)?.stage);
+        match (stage, result) {
+            (Stage::Idle, _) => Ok(()),
+            (Stage::InPlace(_), Err(error)) if self.should_bounce(&error) => self.bounce_instead(head, &error),
+            (Stage::Fallocate(mode), Err(error)) if is_unsupported(&error) => self.replace_fallocate(head, mode),
+            (Stage::BounceRead(window), result) => self.complete_read_window(head, window, transferred, result),
+            (Stage::BounceFill(window), result) => self.complete_fill(head, window, transferred, result),
+            (Stage::Sync, Err(error)) if error.kind() == io::ErrorKind::Interrupted => self.start_sync(head),
+            (Stage::Fallocate(_), Err(error)) if error.kind() == io::ErrorKind::Interrupted => self.run(head),
+            (Stage::Sync, Err(error)) => {
+                self.device.image.note_failed_flush();
+                self.fail(head, &error)
+            }
+            (_, Err(error)) => self.fail(head, &error),
+            (Stage::InPlace(direction), Ok(())) => {
+                self.count_data(direction, transferred, false);
+                self.finish_data(head)
+            }
+            (Stage::BounceWrite(window), Ok(())) => {
+                self.take_back_buffer(head)?;
+                self.count_data(Direction::Write, window.data_len as u64, true);
+                self.advance_range(head, window.data_len as u64)
+            }
+            (Stage::WriteZeroes(len), Ok(())) => self.continue_write_zeroes(head, len),
+            (Stage::Fallocate(_), Ok(())) => self.next_range(head),
+            (Stage::Sync, Ok(())) => self.finish(head, Status::Ok),
+        }
+    }
+
+    fn complete_read_window(
+        &mut self,
+        head: u16,
+        window: Window,
+        transferred: u64,
+        result: Result<(), io::Error>,
+    ) -> Result<(), EngineError> {
+        self.take_back_buffer(head)?;
+        let slot = self.slot(head)?;
+        // The image may end behind the data and before the end of its block.
+        let copied = match (result, &slot.memory, &slot.buffer) {
+            (Err(error), _, _) if transferred < window.data().end as u64 => Err(error),
+            (_, Some(memory), Some(buffer)) => {
+                let data = buffer.bytes().get(window.data()).unwrap_or_default();
+                copy_to_driver(memory.as_ref(), &slot.data, slot.done, data).map_err(io::Error::other)
+            }
+            _ => return Err(EngineError::Busy { head }),
+        };
+        if let Err(error) = copied {
+            return self.fail(head, &error);
+        }
+        self.count_data(Direction::Read, window.data_len as u64, true);
+        self.advance_range(head, window.data_len as u64)
+    }
+
+    fn complete_fill(
+        &mut self,
+        head: u16,
+        window: Window,
+        transferred: u64,
+        result: Result<(), io::Error>,
+    ) -> Result<(), EngineError> {
+        self.take_back_buffer(head)?;
+        if let Err(error) = result
+            && transferred < window.data().end as u64
+        {
+            return self.fail(head, &error);
+        }
+        let Some(mut buffer) = self.slot(head)?.buffer.take() else { return Err(EngineError::Busy { head }) };
+        // Beyond the end of the image there is nothing; not what the buffer held before.
+        let end = usize::try_from(transferred).unwrap_or(usize::MAX);
+        buffer.bytes_mut().get_mut(end..).unwrap_or_default().fill(0);
+        self.write_window(head, buffer, window)
+    }
+
+    fn take_back_buffer(&mut self, head: u16) -> Result<(), EngineError> {
+        let buffer = self.engine.take_buffer(head);
+        self.slot(head)?.buffer = buffer;
+        Ok(())
+    }
+
+    fn continue_write_zeroes(&mut self, head: u16, len: u64) -> Result<(), EngineError> {
+        let slot = self.slot(head)?;
+        slot.done += len;
+        match slot.range() {
+            Some(range) if slot.done < range.len => self.run_write_zeroes(head, &range),
+            _ => self.next_range(head),
+        }
+    }
+
+    /// Goes on after `len` bytes of the current range went through the bounce buffer.
+    fn advance_range(&mut self, head: u16, len: u64) -> Result<(), EngineError> {
+        let slot = self.slot(head)?;
+        slot.done += len;
+        self.run(head)
+    }
+
+    fn next_range(&mut self, head: u16) -> Result<(), EngineError> {
+        let slot = self.slot(head)?;
+        slot.range += 1;
+        slot.done = 0;
+        self.run(head)
+    }
+
+    /// Direct I/O refuses this memory although it looked fit: no struct pages behind it, or storage that says too little
+    /// about its needs.
+    fn should_bounce(&self, error: &io::Error) -> bool {
+        self.device.image.direct() && matches!(error.raw_os_error(), Some(libc::EFAULT | libc::EINVAL))
+    }
+
+    fn bounce_instead(&mut self, head: u16, error: &io::Error) -> Result<(), EngineError> {
+        if let Some(suppressed) = self.device.storage_log.admit(Instant::now()) {
+            tracing::warn!(%error, suppressed, "direct I/O refuses driver memory; bouncing");
+        }
+        // A passage is given back before waiting: the request in front may wait for it.
+        self.leave_gate(head)?;
+        let write = self.slot(head)?.kind() == Some(RequestKind::Write);
+        self.slot(head)?.needs = Needs { buffer: true, passage: write.then_some(Passage::Shared) };
+        self.enter_line(head)
+    }
+
+    fn leave_gate(&mut self, head: u16) -> Result<(), EngineError> {
+        let passage = self.slot(head)?.passage.take();
+        if let (Some(gate), Some(passage)) = (self.device.image.gate(), passage) {
+            gate.leave(passage);
+        }
+        Ok(())
+    }
+
+    /// The storage cannot do this to a range. A DISCARD stays undone; zeroes are made in another way.
+    fn replace_fallocate(&mut self, head: u16, mode: i32) -> Result<(), EngineError> {
+        let slot = self.slot(head)?;
+        match (slot.kind(), slot.range()) {
+            (Some(RequestKind::WriteZeroes), Some(range)) if mode == FALLOC_FL_PUNCH_HOLE => {
+                self.run_fallocate(head, FALLOC_FL_ZERO_RANGE, range.offset, range.len)
+            }
+            (Some(RequestKind::WriteZeroes), Some(range)) => self.run_write_zeroes(head, &range),
+            _ => self.finish(head, Status::Unsupported),
+        }
+    }
+
+    /// All data is where it belongs; what changes the image may still have to become durable.
+    fn finish_data(&mut self, head: u16) -> Result<(), EngineError> {
+        let reads = self.slot(head)?.kind() == Some(RequestKind::Read);
+        if !reads && self.device.writes_through(self.rules.features) {
+            return self.start_sync(head);
+        }
+        self.finish(head, Status::Ok)
+    }
+
+    fn start_sync(&mut self, head: u16) -> Result<(), EngineError> {
+        self.release(head)?;
+        if !self.device.image.can_flush() {
+            return self.fail(head, &io::Error::other("an earlier flush failed and data was lost"));
+        }
+        self.slot(head)?.stage = Stage::Sync;
+        self.engine.sync(head)
+    }
+
+    fn fail(&mut self, head: u16, error: &io::Error) -> Result<(), EngineError> {
+        if let Some(suppressed) = self.device.storage_log.admit(Instant::now()) {
+            let slot = self.slot(head)?;
+            let (kind, range) = (slot.kind(), slot.range());
+            tracing::warn!(%error, ?kind, ?range, suppressed, "request failed");
+        }
+        self.finish(head, Status::IoError)
+    }
+
+    /// Gives back what the request was granted.
+    fn release(&mut self, head: u16) -> Result<(), EngineError> {
+        let buffer = self.engine.take_buffer(head);
+        self.engine.unmap(head);
+        self.leave_gate(head)?;
+        let slot = self.slot(head)?;
+        slot.needs = Needs::default();
+        if let Some(buffer) = slot.buffer.take().or(buffer) {
+            self.buffers.give_back(buffer);
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self, head: u16, status: Status) -> Result<(), EngineError> {
+        self.release(head)?;
+        let slot = self.slot(head)?;
+        slot.stage = Stage::Idle;
+        let (Some(request), Some(memory)) = (slot.request.take(), slot.memory.take()) else { return Ok(()) };
+        write_status(&memory, request.status, status);
+        self.count_request(request.kind, status);
+        self.finished.push(Finished { head, written_len: request.writable_len });
+        Ok(())
+    }
+
+    fn count_data(&self, direction: Direction, bytes: u64, bounced: bool) {
+        let kind = match direction {
+            Direction::Read => &self.counters.bytes_read,
+            Direction::Write => &self.counters.bytes_written,
+        };
+        kind.add(bytes);
+        let way = match (bounced, self.device.image.direct()) {
+            (true, _) => &self.counters.bounced_bytes,
+            (false, true) => &self.counters.zero_copy_bytes,
+            (false, false) => &self.counters.page_cache_bytes,
+        };
+        way.add(bytes);
+    }
+
+    fn count_request(&self, kind: RequestKind, status: Status) {
+        let counter = match kind {
+            RequestKind::Read => &self.counters.reads,
+            RequestKind::Write => &self.counters.writes,
+            RequestKind::Flush => &self.counters.flushes,
+            RequestKind::GetId => &self.counters.get_ids,
+            RequestKind::Discard => &self.counters.discards,
+            RequestKind::WriteZeroes => &self.counters.write_zeroes,
+            RequestKind::Unknown(_) => &self.counters.unknown,
+        };
+        counter.add(1);
+        match status {
+            Status::Ok => {}
+            Status::IoError => self.counters.io_errors.add(1),
+            Status::Unsupported => self.counters.unsupported.add(1),
+        }
+    }
+}
+
+impl Drop for Executor<'_> {
+    fn drop(&mut self) {
+        if let Some(gate) = self.device.image.gate() {
+            for slot in &mut self.slots {
+                if let Some(passage) = slot.passage.take() {
+                    gate.leave(passage);
+                }
+            }
+            gate.forget(&self.wakeup);
+        }
+    }
+}
+
+fn write_status(memory: &DriverMemory, address: GuestAddress, status: Status) {
+    // The place was checked in this very snapshot of the memory.
+    if let Err(error) = memory.write_obj(status.byte(), address) {
+        tracing::error!(%error, "status cannot be written");
+    }
+}
+
+fn is_aligned(range: &ByteRange, alignment: u32) -> bool {
+    let alignment = u64::from(alignment);
+    range.offset.is_multiple_of(alignment) && range.len.is_multiple_of(alignment)
+}
+
+/// The file system or disk does not know this kind of fallocate(2). EINVAL is what some block drivers say.
+fn is_unsupported(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY | libc::EINVAL))
+}

@@ -1,0 +1,285 @@
+//! The image: a raw file or a block device, opened once, with what its storage demands of direct I/O.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::fs::{AtFlags, FlockOperation, OFlags, StatxFlags};
+
+use crate::aligned_buffer::AlignedBuffer;
+use crate::config_space::{DiskShape, SECTOR_SIZE};
+use crate::write_gate::WriteGate;
+
+/// Largest alignment that storage may ask for, in bytes; above any that exists.
+const MAX_ALIGNMENT: u32 = 64 * 1024;
+
+/// Physical block size that is told to the driver for a file: the block size of common file systems.
+const FILE_BLOCK_SIZE: u32 = 4096;
+
+/// Why an image cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// The path cannot be looked up.
+    #[error("cannot find image {path}")]
+    Stat {
+        /// The image.
+        path: PathBuf,
+        /// Cause.
+        source: io::Error,
+    },
+    /// Neither a file nor a block device.
+    #[error("{path} is neither a regular file nor a block device; give a raw image or a disk")]
+    Kind {
+        /// The image.
+        path: PathBuf,
+    },
+    /// The image cannot be opened.
+    #[error("cannot open image {path}; check its access rights, or give --read-only")]
+    Open {
+        /// The image.
+        path: PathBuf,
+        /// Cause.
+        source: io::Error,
+    },
+    /// Another back-end has the image.
+    #[error("image {path} is in use by another back-end; end that one first")]
+    InUse {
+        /// The image.
+        path: PathBuf,
+    },
+    /// Size, block size or alignment cannot be found out.
+    #[error("cannot examine image {path}")]
+    Examine {
+        /// The image.
+        path: PathBuf,
+        /// Cause.
+        source: io::Error,
+    },
+    /// Less than one block.
+    #[error(
+        "image {path} has {len} bytes, less than one block of {block_size}; enlarge it, for example with truncate(1)"
+    )]
+    TooSmall {
+        /// The image.
+        path: PathBuf,
+        /// Its length in bytes.
+        len: u64,
+        /// Bytes of one block.
+        block_size: u32,
+    },
+}
+
+/// What direct I/O must be a multiple of, in bytes. Both powers of two.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Alignment {
+    /// Offset and length on the image.
+    pub(crate) offset: u32,
+    /// Address in memory.
+    pub(crate) memory: u32,
+}
+
+impl Alignment {
+    /// Buffered I/O takes anything.
+    const NONE: Self = Self { offset: 1, memory: 1 };
+}
+
+/// An open image.
+#[derive(Debug)]
+pub(crate) struct Image {
+    file: File,
+    shape: DiskShape,
+    direct: bool,
+    alignment: Alignment,
+    /// Present where a request can be smaller than the smallest write to the storage.
+    gate: Option<WriteGate>,
+    /// A flush failed in buffered mode: the page cache has dropped data that it had accepted, and the next fsync would
+    /// claim success. So no later flush may.
+    cache_lost_data: AtomicBool,
+}
+
+impl Image {
+    /// Opens an image, with direct I/O if the storage has it. `io_alignment` is the least alignment of direct I/O.
+    pub(crate) fn open(path: &Path, read_only: bool, io_alignment: Option<u32>) -> Result<Self, ImageError> {
+        let path_buf = || path.to_owned();
+        let kind = std::fs::metadata(path).map_err(|source| ImageError::Stat { path: path_buf(), source })?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(ImageError::Kind { path: path_buf() });
+        }
+        let (file, direct) =
+            open_direct_first(path, read_only).map_err(|source| ImageError::Open { path: path_buf(), source })?;
+        // Held as long as the file is open; a lock that the file system does not know is no reason to refuse.
+        let lock =
+            if read_only { FlockOperation::NonBlockingLockShared } else { FlockOperation::NonBlockingLockExclusive };
+        if rustix::fs::flock(&file, lock) == Err(rustix::io::Errno::WOULDBLOCK) {
+            return Err(ImageError::InUse { path: path_buf() });
+        }
+        let examined = examine(&file, kind.is_block_device(), direct, io_alignment);
+        let facts = examined.map_err(|source| ImageError::Examine { path: path_buf(), source })?;
+        let capacity_sectors = facts.len / u64::from(facts.block_size) * u64::from(facts.block_size / SECTOR_SIZE);
+        if capacity_sectors == 0 {
+            return Err(ImageError::TooSmall { path: path_buf(), len: facts.len, block_size: facts.block_size });
+        }
+        let unreachable_bytes = facts.len % u64::from(facts.block_size);
+        if unreachable_bytes != 0 {
+            tracing::warn!(
+                unreachable_bytes,
+                block_size = facts.block_size,
+                "image ends within a block; the rest stays out of reach"
+            );
+        }
+        let shape = DiskShape {
+            capacity_sectors,
+            block_size: facts.block_size,
+            physical_block_size: facts.physical_block_size.max(facts.block_size),
+            read_only,
+        };
+        let alignment = facts.alignment;
+        tracing::info!(?shape, direct, ?alignment, path = %path.display(), "image is open");
+        let gate = (alignment.offset > SECTOR_SIZE).then(WriteGate::default);
+        Ok(Self { file, shape, direct, alignment, gate, cache_lost_data: AtomicBool::new(false) })
+    }
+
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
+    pub(crate) fn shape(&self) -> &DiskShape {
+        &self.shape
+    }
+
+    /// I/O bypasses the page cache.
+    pub(crate) fn direct(&self) -> bool {
+        self.direct
+    }
+
+    pub(crate) fn alignment(&self) -> Alignment {
+        self.alignment
+    }
+
+    pub(crate) fn gate(&self) -> Option<&WriteGate> {
+        self.gate.as_ref()
+    }
+
+    /// Remembers that a flush failed.
+    pub(crate) fn note_failed_flush(&self) {
+        if !self.direct {
+            self.cache_lost_data.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// A flush can still be honest.
+    pub(crate) fn can_flush(&self) -> bool {
+        !self.cache_lost_data.load(Ordering::Relaxed)
+    }
+}
+
+fn open_direct_first(path: &Path, read_only: bool) -> io::Result<(File, bool)> {
+    let open = |flags: OFlags| {
+        OpenOptions::new().read(true).write(!read_only).custom_flags(flags.bits().cast_signed()).open(path)
+    };
+    match open(OFlags::DIRECT) {
+        Ok(file) => Ok((file, true)),
+        Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
+            tracing::warn!(path = %path.display(), "file system refuses O_DIRECT; falling back to buffered I/O");
+            Ok((open(OFlags::empty())?, false))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+struct Facts {
+    len: u64,
+    block_size: u32,
+    physical_block_size: u32,
+    alignment: Alignment,
+}
+
+fn examine(file: &File, block_device: bool, direct: bool, io_alignment: Option<u32>) -> io::Result<Facts> {
+    // Seeking finds the length of a block device too.
+    let mut cursor = file;
+    let len = cursor.seek(SeekFrom::End(0))?;
+    let (block_size, physical_block_size) = if block_device {
+        (rustix::fs::ioctl_blksszget(file)?, rustix::fs::ioctl_blkpbszget(file)?)
+    } else {
+        // The content of a file must not depend on the disk that it happens to lie on: its blocks are sectors.
+        (SECTOR_SIZE, FILE_BLOCK_SIZE)
+    };
+    let mut alignment = if direct { direct_alignment(file)? } else { Alignment::NONE };
+    if let Some(least) = io_alignment.filter(|_| direct) {
+        alignment = Alignment { offset: alignment.offset.max(least), memory: alignment.memory.max(least) };
+    }
+    for value in [block_size, alignment.offset, alignment.memory] {
+        if !value.is_power_of_two() || value > MAX_ALIGNMENT {
+            return Err(io::Error::other(format!("storage asks for an alignment of {value} bytes")));
+        }
+    }
+    Ok(Facts { len, block_size: block_size.max(SECTOR_SIZE), physical_block_size, alignment })
+}
+
+/// Asks the file system for the alignment of direct I/O (statx, Linux 6.1), and tries it out where it does not say.
+fn direct_alignment(file: &File) -> io::Result<Alignment> {
+    if let Ok(stat) = rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN) {
+        let told = StatxFlags::from_bits_retain(stat.stx_mask).contains(StatxFlags::DIOALIGN);
+        if told && stat.stx_dio_offset_align != 0 {
+            return Ok(Alignment { offset: stat.stx_dio_offset_align, memory: stat.stx_dio_mem_align.max(1) });
+        }
+    }
+    let mut last_error = None;
+    for alignment in [SECTOR_SIZE, 4096, MAX_ALIGNMENT] {
+        let mut buffer = AlignedBuffer::new(alignment as usize, alignment);
+        match file.read_at(buffer.bytes_mut(), 0) {
+            Ok(_) => return Ok(Alignment { offset: alignment, memory: alignment }),
+            Err(error) => last_error = Some(error),
+        }
+    }
+    Err(last_error.unwrap_or_else(|| io::Error::other("no alignment left to try")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file_of(len: u64) -> tempfile::NamedTempFile {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(len).unwrap();
+        file
+    }
+
+    #[test]
+    fn an_odd_length_is_cut_to_whole_sectors() {
+        let file = file_of(10 * 512 + 17);
+        let image = Image::open(file.path(), false, None).unwrap();
+        assert_eq!(image.shape().capacity_sectors, 10);
+        assert_eq!(image.shape().block_size, 512);
+    }
+
+    #[test]
+    fn wrong_images_are_refused_by_name() {
+        let open = |path: &Path| Image::open(path, false, None).unwrap_err();
+        assert!(matches!(open(Path::new("/nowhere/image")), ImageError::Stat { .. }));
+        assert!(matches!(open(Path::new("/dev/null")), ImageError::Kind { .. }));
+        assert!(matches!(open(Path::new("/")), ImageError::Kind { .. }));
+        assert!(matches!(open(file_of(511).path()), ImageError::TooSmall { len: 511, .. }));
+    }
+
+    #[test]
+    fn two_writers_exclude_each_other_and_two_readers_do_not() {
+        let file = file_of(4096);
+        let writer = Image::open(file.path(), false, None).unwrap();
+        assert!(matches!(Image::open(file.path(), true, None), Err(ImageError::InUse { .. })));
+        drop(writer);
+        let _reader = Image::open(file.path(), true, None).unwrap();
+        Image::open(file.path(), true, None).unwrap();
+        assert!(matches!(Image::open(file.path(), false, None), Err(ImageError::InUse { .. })));
+    }
+
+    #[test]
+    fn a_read_only_image_is_opened_without_the_right_to_write() {
+        let file = file_of(4096);
+        let image = Image::open(file.path(), true, None).unwrap();
+        let error = image.file().write_at(&[0; 512], 0).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EBADF));
+    }
+}
