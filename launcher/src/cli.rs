@@ -4,18 +4,10 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use vvu_appliance_config::{MAX_QUEUES, MAX_SERIAL_LEN};
+use vvu_protocol::window;
 
 use crate::accel::AccelChoice;
-use crate::size::{GIB, MIB, Size, TIB};
-
-/// Unit of the window in bytes: the page size of its mapping in the appliance.
-const WINDOW_UNIT_BYTES: u64 = 2 * MIB;
-
-/// Smallest window in bytes; below this no driver VM boots.
-const MIN_WINDOW_BYTES: u64 = 16 * MIB;
-
-/// Largest window in bytes: what the appliance VM's physical address space holds beside everything else.
-const MAX_WINDOW_BYTES: u64 = TIB / 2;
+use crate::size::{GIB, MIB, Size};
 
 /// Window of a device whose operator names none.
 pub(crate) const DEFAULT_WINDOW: Size = Size(4 * GIB);
@@ -79,11 +71,11 @@ pub(crate) struct BlkArgs {
     pub(crate) queues: u16,
 
     /// Largest driver VM memory that can be served; K, M, G, T are powers of 1024
-    #[arg(long, value_name = "SIZE", default_value_t = DEFAULT_WINDOW, value_parser = window)]
+    #[arg(long, value_name = "SIZE", default_value_t = DEFAULT_WINDOW, value_parser = window_size)]
     pub(crate) window: Size,
 
     /// The appliance VM's own memory [default: 160M plus a 64th of the window]
-    #[arg(long, value_name = "SIZE", value_parser = memory)]
+    #[arg(long, value_name = "SIZE", value_parser = memory_size)]
     pub(crate) memory: Option<Size>,
 
     /// CPUs of the appliance VM, 1 to 64
@@ -150,16 +142,16 @@ pub(crate) enum ImageFormat {
     Raw,
 }
 
-fn window(text: &str) -> Result<Size, String> {
-    let size = in_range(text, MIN_WINDOW_BYTES, MAX_WINDOW_BYTES)?;
-    if size.0.is_multiple_of(WINDOW_UNIT_BYTES) {
+fn window_size(text: &str) -> Result<Size, String> {
+    let size = in_range(text, window::MEMORY_LEN_MIN, window::MEMORY_LEN_MAX)?;
+    if size.0.is_multiple_of(window::ALIGNMENT) {
         Ok(size)
     } else {
-        Err(format!("not a multiple of {}", Size(WINDOW_UNIT_BYTES)))
+        Err(format!("not a multiple of {}", Size(window::ALIGNMENT)))
     }
 }
 
-fn memory(text: &str) -> Result<Size, String> {
+fn memory_size(text: &str) -> Result<Size, String> {
     let size = in_range(text, MIN_MEMORY_BYTES, MAX_MEMORY_BYTES)?;
     if size.0.is_multiple_of(MIB) { Ok(size) } else { Err("not a whole number of mebibytes".to_owned()) }
 }

@@ -291,7 +291,7 @@ impl Session<'_> {
 fn start_bridge(plan: &Plan, directory: &RuntimeDir, output: &Output) -> anyhow::Result<Child> {
     let mut command = Command::new(&plan.bridge);
     command.args(["--socket-path", &plan.socket, "--appliance-dir", directory.text(), "--uuid", &plan.uuid]);
-    command.args(["--class", "blk", "--queues", &plan.queues.to_string(), "--window", &plan.window.to_string()]);
+    command.args(["--class", "blk", "--queues", &plan.queues.to_string(), "--window", &plan.window.0.to_string()]);
     command.arg("--exit-with-parent");
     command.env("NOTIFY_SOCKET", directory.path().join(NOTIFY_SOCKET)).env("RUST_LOG", &plan.log);
     Child::spawn("bridge", command, Source::Bridge, None, output)
