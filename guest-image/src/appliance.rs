@@ -39,16 +39,19 @@ pub struct ApplianceFiles {
     pub kernel: PathBuf,
     /// Initramfs.
     pub initrd: PathBuf,
+    /// The programs that were put in.
+    pub binaries: ApplianceBinaries,
     /// What is in it.
     pub manifest: Manifest,
 }
 
-/// Builds `vmlinuz`, `initrd` and `manifest.json` in `target/appliance` of the given workspace.
+/// Builds the programs of a workspace and of them `vmlinuz`, `initrd` and `manifest.json`, in `appliance` below the
+/// given target directory.
 ///
 /// # Errors
 /// Any [`ImageError`].
-pub fn build_appliance_image(setup: &Setup, workspace: &Path) -> Result<ApplianceFiles, ImageError> {
-    let binaries = build_appliance_binaries(workspace)?;
+pub fn build_appliance_image(setup: &Setup, workspace: &Path, target: &Path) -> Result<ApplianceFiles, ImageError> {
+    let binaries = build_appliance_binaries(workspace, target)?;
     let (image, modules) = appliance_initramfs(setup, &binaries)?;
     let kernel = fs::read(&setup.kernel).map_err(at(&setup.kernel))?;
     // Not compressed: QEMU hands it over faster than a guest unpacks it, above all without KVM.
@@ -60,14 +63,14 @@ pub fn build_appliance_image(setup: &Setup, workspace: &Path) -> Result<Applianc
         files: image.files(),
         modules,
     };
-    let directory = workspace.join("target/appliance");
+    let directory = target.join("appliance");
     fs::create_dir_all(&directory).map_err(at(&directory))?;
     let mut json = serde_json::to_vec_pretty(&manifest)?;
     json.push(b'\n');
     for (name, bytes) in [("vmlinuz", &kernel), ("initrd", &initrd), ("manifest.json", &json)] {
         write_whole(&directory.join(name), bytes)?;
     }
-    Ok(ApplianceFiles { kernel: directory.join("vmlinuz"), initrd: directory.join("initrd"), manifest })
+    Ok(ApplianceFiles { kernel: directory.join("vmlinuz"), initrd: directory.join("initrd"), binaries, manifest })
 }
 
 /// The appliance's initramfs and its modules in load order.

@@ -24,17 +24,17 @@ pub struct ApplianceBinaries {
     pub blk: PathBuf,
 }
 
-/// Builds the appliance's programs in `target/appliance-build` of the given workspace.
+/// Builds the appliance's programs of a workspace, in `appliance-build` below the given target directory.
 ///
 /// # Errors
 /// [`ImageError::Cargo`] and [`ImageError::Build`]; cargo itself says why on standard error.
-pub fn build_appliance_binaries(workspace: &Path) -> Result<ApplianceBinaries, ImageError> {
-    let target_directory = workspace.join("target/appliance-build");
+pub fn build_appliance_binaries(workspace: &Path, target: &Path) -> Result<ApplianceBinaries, ImageError> {
+    let target_directory = target.join("appliance-build");
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let flags = [vec!["-C".into(), "target-feature=+crt-static".into()], remapped_paths(workspace)?].concat();
     let status = Command::new(cargo)
         .current_dir(workspace)
-        .args(["build", "--quiet", "--profile", PROFILE, "--target", TARGET])
+        .args(["build", "--profile", PROFILE, "--target", TARGET])
         .args(["--package", "vvu-agent", "--package", "vvu-blk", "--target-dir"])
         .arg(&target_directory)
         .env("CARGO_ENCODED_RUSTFLAGS", flags.join(FLAG_SEPARATOR))

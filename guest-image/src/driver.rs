@@ -15,8 +15,7 @@ use crate::programs::{add_program, resolve};
 /// Kernel modules of the driver VM; on a stock cloud kernel all but the disk's driver are built in.
 const MODULES: [&str; 3] = ["virtio_pci", "virtio_blk", "ext4"];
 
-/// Programs of packages, each under the names by which it is called. What busybox calls by the same name
-/// is left out.
+/// Programs of packages, each with further names by which it is called. All are in `/usr/bin`.
 const PROGRAMS: [(&str, &[&str]); 9] = [
     ("mke2fs", &["mkfs.ext4"]),
     ("e2fsck", &["fsck.ext4"]),
@@ -37,7 +36,8 @@ const PROGRAM_DIRECTORIES: [&str; 4] = ["usr/bin", "usr/sbin", "bin", "sbin"];
 /// `init_script` becomes `/init`; it starts with `#!/bin/sh`. It finds all of busybox, of e2fsprogs
 /// (`mkfs.ext4`, `e2fsck`, `debugfs`), of util-linux (`blkdiscard`, `blockdev`, `lsblk`, `findmnt`) and
 /// `fio` in its `PATH`, which has to be `/usr/bin:/bin`, and modules in `/lib/modules`, listed in load
-/// order in `/etc/modules.list`. Nothing is mounted yet.
+/// order in `/etc/modules.list`. Nothing is mounted yet. Where busybox has a command, too, its shell
+/// prefers its own: call `/usr/bin/blkdiscard` by its path to have all of its options.
 ///
 /// # Errors
 /// Any [`ImageError`] but those of building programs.

@@ -1,3 +1,52 @@
-//! xtask
+//! `cargo xtask`: the commands of a developer. Each does what it needs first: `demo` on a fresh clone makes the set-up,
+//! builds the image and the programs, and then plays the demo.
+//!
+//! It holds no recipe itself: the set-up is `vvu-setup`, the image `vvu-guest-image`, demo and benchmark `vvu-tests`.
 
-fn main() {}
+mod bench;
+mod cli;
+mod dependencies;
+mod image;
+mod report;
+mod test;
+mod workspace;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use vvu_tests::demo::{self, DemoOptions};
+
+use crate::cli::{Cli, Command};
+use crate::workspace::{Profile, Workspace};
+
+fn main() -> ExitCode {
+    match run(Cli::parse().command) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Runs a command; `false` if it has said itself what failed.
+fn run(command: Command) -> anyhow::Result<bool> {
+    let workspace = Workspace::new()?;
+    match command {
+        Command::Setup(options) => {
+            vvu_setup::run(&options.into())?;
+        }
+        Command::Image => {
+            println!("{}", image::build(&workspace)?.manifest);
+        }
+        Command::Demo { keep_image } => {
+            image::build(&workspace)?;
+            workspace.build_programs(Profile::Dev)?;
+            demo::run(&DemoOptions { keep_image })?;
+        }
+        Command::Test(options) => return test::run(&workspace, &options),
+        Command::Bench(options) => bench::run(&workspace, &options)?,
+    }
+    Ok(true)
+}

@@ -1,0 +1,44 @@
+//! The benchmark, with host programs that are built for speed.
+
+use std::env;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::Context;
+use vvu_tests::backend::Backend;
+use vvu_tests::bench::{self, BenchOptions};
+
+use crate::cli::{Bench, Measured};
+use crate::image;
+use crate::workspace::{Profile, Workspace, run as run_command};
+
+/// Tell the benchmark which programs to start (`vvu_tests::testbed::workspace_program`).
+const VVU_VARIABLE: &str = "VVU_BIN";
+const VVU_BLK_VARIABLE: &str = "VVU_BLK_BIN";
+
+/// Runs the benchmark on the programs that the environment names, else on release builds.
+pub(crate) fn run(workspace: &Workspace, options: &Bench) -> anyhow::Result<()> {
+    if env::var_os(VVU_VARIABLE).is_none() {
+        image::build(workspace)?;
+        workspace.build_programs(Profile::Release)?;
+        let release = workspace.target.join("release");
+        // The programs are named by the environment, which a process should not change for itself.
+        let own = env::current_exe().context("cannot find this executable")?;
+        return run_command(
+            Command::new(own)
+                .args(env::args_os().skip(1))
+                .env(VVU_VARIABLE, release.join("vvu"))
+                .env(VVU_BLK_VARIABLE, release.join("vvu-blk")),
+        );
+    }
+    bench::run(&BenchOptions {
+        rounds: options.rounds,
+        runtime: Duration::from_secs(options.runtime),
+        image_len: options.image_size << 20,
+        measured: match options.measured {
+            Measured::Vvu => Backend::Vvu,
+            Measured::VvuBlk => Backend::VvuBlkOnHost,
+        },
+        json: options.json,
+    })
+}

@@ -1,0 +1,101 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use vvu_setup::SetupOptions;
+
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", about = "Set-up, image, demo, tests and benchmarks of vvu")]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Provide QEMU, kernel and packages in a private cache; the other commands do it when it is missing
+    ///
+    /// The cache is $VVU_CACHE, else $XDG_CACHE_HOME/vvu, else ~/.cache/vvu (about 450 MB). Nothing of the system is
+    /// changed, and no rights are needed.
+    Setup(Setup),
+    /// Build the appliance image in target/appliance and list what is in it
+    Image,
+    /// Show the main job: a driver VM's file system on a disk that an appliance VM emulates
+    Demo {
+        /// Leave the disk image in target/machine-tests/demo
+        #[arg(long)]
+        keep_image: bool,
+    },
+    /// Run every check: format, lints, documents, unit tests, image, whole machines
+    Test(Test),
+    /// Measure the disk in the driver VM, in turn with qemu-storage-daemon on the host
+    Bench(Bench),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Setup {
+    /// Use this qemu-system-x86_64 (11 or later) instead of the one on PATH or a private one
+    #[arg(long, value_name = "PATH")]
+    qemu: Option<PathBuf>,
+    /// Use this kernel image (bzImage, 6.12 or later) instead of a private one
+    #[arg(long, value_name = "PATH")]
+    kernel: Option<PathBuf>,
+    /// That kernel's modules [default: beside the kernel, else /lib/modules/RELEASE]
+    #[arg(long, value_name = "DIR", requires = "kernel")]
+    modules: Option<PathBuf>,
+}
+
+impl From<Setup> for SetupOptions {
+    fn from(options: Setup) -> Self {
+        Self { qemu: options.qemu, kernel: options.kernel, modules: options.modules }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Test {
+    /// Leave out what starts machines, and what those need
+    #[arg(long)]
+    pub(crate) no_machines: bool,
+    /// Of the whole-machine tests, run those with this in their name
+    #[arg(value_name = "NAME")]
+    pub(crate) machine_filter: Option<String>,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Bench {
+    /// Rounds of each job
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) rounds: u32,
+    /// Seconds of each run of fio
+    #[arg(long, value_name = "SECONDS", default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) runtime: u64,
+    /// Size of the image in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u64).range(64..))]
+    pub(crate) image_size: u64,
+    /// What is compared with qemu-storage-daemon
+    #[arg(long, value_enum, default_value_t = Measured::Vvu)]
+    pub(crate) measured: Measured,
+    /// Print one JSON document instead of a table
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Measured {
+    /// The appliance VM behind the bridge
+    Vvu,
+    /// The appliance's back-end program, on the host: the difference is the price of the VM
+    VvuBlk,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

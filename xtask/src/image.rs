@@ -1,0 +1,52 @@
+//! Set-up and image, as every other command needs them; and the check that an image is what its inputs make it.
+
+use std::path::{Path, PathBuf};
+use std::{env, fs};
+
+use anyhow::{Context, bail};
+use vvu_guest_image::{ApplianceFiles, appliance_initramfs, build_appliance_image};
+use vvu_setup::Setup;
+
+use crate::workspace::Workspace;
+
+/// The set-up, which is made now if there is none.
+pub(crate) fn ensure_setup() -> anyhow::Result<Setup> {
+    match Setup::load() {
+        Ok(setup) => Ok(setup),
+        Err(why) => {
+            eprintln!("setup: {why}; doing so");
+            Ok(vvu_setup::run(&vvu_setup::SetupOptions::default())?)
+        }
+    }
+}
+
+/// Builds the appliance image.
+pub(crate) fn build(workspace: &Workspace) -> anyhow::Result<ApplianceFiles> {
+    let setup = ensure_setup()?;
+    Ok(build_appliance_image(&setup, &workspace.root, &workspace.target)?)
+}
+
+/// Assembles the initramfs again and compares; and looks for paths of this machine in it.
+pub(crate) fn check_reproducible(workspace: &Workspace) -> anyhow::Result<()> {
+    let setup = ensure_setup()?;
+    let image = build_appliance_image(&setup, &workspace.root, &workspace.target)?;
+    let first = fs::read(&image.initrd).with_context(|| format!("cannot read {}", image.initrd.display()))?;
+    let (again, _) = appliance_initramfs(&setup, &image.binaries)?;
+    if again.finish()? != first {
+        bail!("the same input gave two different initramfs");
+    }
+    let home = PathBuf::from(env::var_os("HOME").unwrap_or_default());
+    let below_home = |variable, name| env::var_os(variable).map_or_else(|| home.join(name), PathBuf::from);
+    let places = [workspace.root.clone(), below_home("CARGO_HOME", ".cargo"), below_home("RUSTUP_HOME", ".rustup")];
+    for place in places {
+        if contains(&first, &place) {
+            bail!("the initramfs has the path {} of this machine in it", place.display());
+        }
+    }
+    Ok(())
+}
+
+fn contains(bytes: &[u8], path: &Path) -> bool {
+    let text = format!("{}/", path.display()).into_bytes();
+    bytes.windows(text.len()).any(|window| window == text)
+}

@@ -1,0 +1,153 @@
+//! Counts what passed and failed, from the exit of a step or from what libtest prints.
+
+use std::fmt;
+use std::time::Duration;
+
+/// What one step came to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Outcome {
+    pub(crate) passed: u32,
+    pub(crate) failures: Vec<String>,
+}
+
+/// Reads the output of `cargo test` line by line.
+#[derive(Debug, Default)]
+pub(crate) struct TestLines {
+    passed: u32,
+    failed: u32,
+    failures: Vec<String>,
+    /// Whether the lines are names below "failures:".
+    in_names: bool,
+}
+
+impl TestLines {
+    /// Takes the next line.
+    pub(crate) fn handle_line(&mut self, line: &str) {
+        if let Some(result) = line.strip_prefix("test result: ") {
+            self.passed += count(result, "passed");
+            self.failed += count(result, "failed");
+            self.in_names = false;
+        } else if line == "failures:" {
+            // libtest has two such blocks: outputs, then names. Only names are indented.
+            self.in_names = true;
+        } else if self.in_names
+            && let Some(name) = line.strip_prefix("    ")
+            && !name.contains(' ')
+        {
+            self.failures.push(name.to_owned());
+        }
+    }
+
+    /// What it came to, given whether cargo ended well and the step's name.
+    pub(crate) fn finish(mut self, success: bool, step: &str) -> Outcome {
+        // Output of a failed test may look like a name; libtest's numbers are right.
+        self.failures.sort();
+        self.failures.dedup();
+        if self.failures.len() < self.failed as usize || (!success && self.failures.is_empty()) {
+            self.failures.push(step.to_owned());
+        }
+        Outcome { passed: self.passed, failures: self.failures }
+    }
+}
+
+/// The number before a word: `3 passed; 1 failed; …`.
+fn count(result: &str, word: &str) -> u32 {
+    let mut parts = result.split([';', '.']).map(str::trim);
+    parts.find_map(|part| part.strip_suffix(word)?.trim().parse().ok()).unwrap_or(0)
+}
+
+/// All steps so far.
+#[derive(Debug, Default)]
+pub(crate) struct Report {
+    steps: Vec<(&'static str, Duration, Outcome)>,
+}
+
+impl Report {
+    /// Adds a step.
+    pub(crate) fn add(&mut self, step: &'static str, took: Duration, outcome: Outcome) {
+        self.steps.push((step, took, outcome));
+    }
+
+    /// Whether a step was run and nothing of it failed.
+    pub(crate) fn has_passed(&self, step: &str) -> bool {
+        self.steps.iter().any(|(name, _, outcome)| *name == step && outcome.failures.is_empty())
+    }
+
+    /// Whether nothing failed at all.
+    pub(crate) fn all_passed(&self) -> bool {
+        self.steps.iter().all(|(.., outcome)| outcome.failures.is_empty())
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (mut passed, mut failed) = (0, 0);
+        for (step, took, outcome) in &self.steps {
+            passed += outcome.passed;
+            failed += outcome.failures.len();
+            let verdict = if outcome.failures.is_empty() { "ok" } else { "FAILED" };
+            writeln!(f, "{:>8.1} s  {verdict:<6}  {step}", took.as_secs_f64())?;
+        }
+        for (step, _, outcome) in &self.steps {
+            for failure in &outcome.failures {
+                writeln!(f, "failed: {step}: {failure}")?;
+            }
+        }
+        write!(f, "{passed} passed, {failed} failed")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str, success: bool) -> Outcome {
+        let mut lines = TestLines::default();
+        text.lines().for_each(|line| lines.handle_line(line));
+        lines.finish(success, "step")
+    }
+
+    const TWO_BINARIES: &str = "
+running 2 tests
+test a::one ... ok
+test a::two ... FAILED
+
+failures:
+
+---- a::two stdout ----
+thread panicked
+
+failures:
+    a::two
+
+test result: FAILED. 1 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s
+
+running 3 tests
+test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1.00s
+";
+
+    #[test]
+    fn tests_of_several_binaries_are_added_up_and_failures_named() {
+        assert_eq!(read(TWO_BINARIES, false), Outcome { passed: 4, failures: vec!["a::two".into()] });
+    }
+
+    #[test]
+    fn a_build_that_fails_and_a_test_that_dies_count_as_failures() {
+        assert_eq!(read("", false), Outcome { passed: 0, failures: vec!["step".into()] });
+        let dies = "test result: ok. 3 passed; 0 failed; 0 ignored\nrunning 1 test\n";
+        assert_eq!(read(dies, false), Outcome { passed: 3, failures: vec!["step".into()] });
+    }
+
+    #[test]
+    fn the_last_line_counts_everything() {
+        let mut report = Report::default();
+        report.add("format", Duration::from_millis(1500), Outcome { passed: 1, failures: vec![] });
+        report.add("unit tests", Duration::from_secs(9), read(TWO_BINARIES, false));
+        let text = report.to_string();
+        assert!(text.contains("     1.5 s  ok      format\n"), "{text}");
+        assert!(text.contains("\nfailed: unit tests: a::two\n"), "{text}");
+        assert_eq!(text.lines().last(), Some("5 passed, 1 failed"));
+        assert!(report.has_passed("format") && !report.has_passed("unit tests") && !report.has_passed("image"));
+        assert!(!report.all_passed());
+    }
+}

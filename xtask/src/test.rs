@@ -1,0 +1,97 @@
+//! Every check, in the order in which they are cheap. Nothing stops at the first failure.
+
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use anyhow::Context;
+
+use crate::cli::Test;
+use crate::report::{Outcome, Report, TestLines};
+use crate::workspace::{Profile, Workspace, run as run_command};
+use crate::{dependencies, image};
+
+/// Steps that others need.
+const SETUP: &str = "set-up";
+const IMAGE: &str = "image";
+const PROGRAMS: &str = "programs";
+
+/// Runs all checks, prints the report, and says whether all passed.
+pub(crate) fn run(workspace: &Workspace, options: &Test) -> anyhow::Result<bool> {
+    let mut report = Report::default();
+    let cargo = |arguments: &[&str]| workspace.cargo(arguments);
+
+    check(&mut report, "format", || run_command(&mut cargo(&["fmt", "--all", "--check"])));
+    check(&mut report, "dependency direction", || dependencies::check(workspace));
+    let clippy = ["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"];
+    check(&mut report, "lints", || run_command(&mut cargo(&clippy)));
+    check(&mut report, "documents", || {
+        run_command(cargo(&["doc", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "--deny warnings"))
+    });
+    let unit = ["test", "--workspace", "--exclude", "vvu-tests", "--no-fail-fast"];
+    tests(&mut report, "unit and property tests", &mut cargo(&unit));
+    let harness = ["test", "--package", "vvu-tests", "--lib", "--no-fail-fast"];
+    tests(&mut report, "unit tests of the machine harness", &mut cargo(&harness));
+    if !options.no_machines {
+        machines(&mut report, workspace, options.machine_filter.as_deref());
+    }
+    println!("\n{report}");
+    Ok(report.all_passed())
+}
+
+fn machines(report: &mut Report, workspace: &Workspace, filter: Option<&str>) {
+    check(report, SETUP, || image::ensure_setup().map(drop));
+    if report.has_passed(SETUP) {
+        check(report, IMAGE, || image::build(workspace).map(drop));
+        check(report, "image is reproducible", || image::check_reproducible(workspace));
+    }
+    check(report, PROGRAMS, || workspace.build_programs(Profile::Dev));
+    const STEP: &str = "whole machines";
+    match [SETUP, IMAGE, PROGRAMS].into_iter().find(|step| !report.has_passed(step)) {
+        Some(missing) => check(report, STEP, || anyhow::bail!("not run: it needs the step \"{missing}\"")),
+        None => {
+            let mut command =
+                workspace.cargo(&["test", "--package", "vvu-tests", "--test", "*", "--no-fail-fast", "--"]);
+            // One machine at a time: two make each other slow, and their logs mix.
+            command.arg("--test-threads=1").args(filter);
+            tests(report, STEP, &mut command);
+        }
+    }
+}
+
+/// A step that passes or fails as a whole.
+fn check(report: &mut Report, step: &'static str, body: impl FnOnce() -> anyhow::Result<()>) {
+    eprintln!("\n==== {step}");
+    let start = Instant::now();
+    let outcome = match body() {
+        Ok(()) => Outcome { passed: 1, failures: Vec::new() },
+        Err(error) => {
+            eprintln!("{error:#}");
+            Outcome { passed: 0, failures: vec![format!("{error:#}")] }
+        }
+    };
+    report.add(step, start.elapsed(), outcome);
+}
+
+/// A step of many tests, each of which counts. Their output is passed on as it comes.
+fn tests(report: &mut Report, step: &'static str, command: &mut Command) {
+    eprintln!("\n==== {step}");
+    let start = Instant::now();
+    let outcome =
+        run_tests(step, command).unwrap_or_else(|error| Outcome { passed: 0, failures: vec![format!("{error:#}")] });
+    report.add(step, start.elapsed(), outcome);
+}
+
+fn run_tests(step: &str, command: &mut Command) -> anyhow::Result<Outcome> {
+    let mut child = command.stdout(Stdio::piped()).spawn().context("cannot start cargo test")?;
+    let mut lines = TestLines::default();
+    if let Some(stdout) = child.stdout.take() {
+        for line in BufReader::new(stdout).lines() {
+            let line = line.context("cannot read the output of cargo test")?;
+            println!("{line}");
+            lines.handle_line(&line);
+        }
+    }
+    let status = child.wait().context("cannot wait for cargo test")?;
+    Ok(lines.finish(status.success(), step))
+}
