@@ -57,8 +57,8 @@ pub enum SetupError {
         /// The machine's own release.
         codename: String,
     },
-    /// A program that the driver VM needs is not on this (foreign) system.
-    #[error("{0} is not on this system, and the driver VM's root is made from it: install it (busybox must be static)")]
+    /// A program that would be unpacked on a Debian is not on this (foreign) system.
+    #[error("{0} is not on this system: install it (busybox must be static)")]
     NoProgram(&'static str),
     /// A program could not be started.
     #[error("cannot start {program}")]

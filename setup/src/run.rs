@@ -111,8 +111,19 @@ impl<'a> Provider<'a> {
         if tools.iter().all(|tool| tool.is_file()) {
             return Ok((path, tools));
         }
-        let tools = self.tools(&self.root(&Step::qemu())?)?;
+        let tools = match &self.debian {
+            Ok(_) => self.tools(&self.root(&Step::qemu())?)?,
+            Err(_) => {
+                let [image, io, daemon] = TOOL_NAMES.map(|name| self.installed(name));
+                [image?, io?, daemon?]
+            }
+        };
         Ok((path, tools))
+    }
+
+    /// A program of a system from whose packages nothing can be unpacked.
+    fn installed(&self, program: &'static str) -> Result<PathBuf, SetupError> {
+        qemu::program_on_path(self.search.as_deref(), program).ok_or(SetupError::NoProgram(program))
     }
 
     fn tools(&self, root: &Path) -> Result<Tools, SetupError> {
@@ -147,22 +158,18 @@ impl<'a> Provider<'a> {
             return self.root(&Step::driver());
         }
         for program in ["busybox", "fio", "mkfs.ext4", "debugfs"] {
-            if qemu::program_on_path(self.search.as_deref(), program).is_none() {
-                return Err(SetupError::NoProgram(program));
-            }
+            self.installed(program)?;
         }
         Ok("/".into())
     }
 
     fn debugfs(&self, driver_root: &Path) -> Result<PathBuf, SetupError> {
-        match qemu::program_on_path(self.search.as_deref(), "debugfs") {
-            Some(path) if self.debian.is_err() => Ok(path),
-            _ => {
-                let program =
-                    ["usr/sbin/debugfs", "sbin/debugfs"].into_iter().find(|path| driver_root.join(path).exists());
-                self.wrap(driver_root, program.unwrap_or("usr/sbin/debugfs"), "debugfs")
-            }
+        if self.debian.is_err() {
+            return self.installed("debugfs");
         }
+        let places = ["usr/sbin/debugfs", "sbin/debugfs"];
+        let place = places.into_iter().find(|place| driver_root.join(place).exists()).unwrap_or(places[0]);
+        self.wrap(driver_root, place, "debugfs")
     }
 
     fn wrap(&self, root: &Path, program: &str, name: &str) -> Result<PathBuf, SetupError> {

@@ -3,6 +3,9 @@
 use std::fmt;
 use std::time::Duration;
 
+/// A failure that no test stands for: a test binary that does not build, or dies.
+const ENDED: &str = "cargo test ended before its tests did (see above)";
+
 /// What one step came to.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Outcome {
@@ -38,13 +41,13 @@ impl TestLines {
         }
     }
 
-    /// What it came to, given whether cargo ended well and the step's name.
-    pub(crate) fn finish(mut self, success: bool, step: &str) -> Outcome {
+    /// What it came to, given whether cargo ended well.
+    pub(crate) fn finish(mut self, success: bool) -> Outcome {
         // Output of a failed test may look like a name; libtest's numbers are right.
         self.failures.sort();
         self.failures.dedup();
         if self.failures.len() < self.failed as usize || (!success && self.failures.is_empty()) {
-            self.failures.push(step.to_owned());
+            self.failures.push(ENDED.to_owned());
         }
         Outcome { passed: self.passed, failures: self.failures }
     }
@@ -104,7 +107,7 @@ mod tests {
     fn read(text: &str, success: bool) -> Outcome {
         let mut lines = TestLines::default();
         text.lines().for_each(|line| lines.handle_line(line));
-        lines.finish(success, "step")
+        lines.finish(success)
     }
 
     const TWO_BINARIES: &str = "
@@ -133,9 +136,9 @@ test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; fini
 
     #[test]
     fn a_build_that_fails_and_a_test_that_dies_count_as_failures() {
-        assert_eq!(read("", false), Outcome { passed: 0, failures: vec!["step".into()] });
+        assert_eq!(read("", false), Outcome { passed: 0, failures: vec![ENDED.into()] });
         let dies = "test result: ok. 3 passed; 0 failed; 0 ignored\nrunning 1 test\n";
-        assert_eq!(read(dies, false), Outcome { passed: 3, failures: vec!["step".into()] });
+        assert_eq!(read(dies, false), Outcome { passed: 3, failures: vec![ENDED.into()] });
     }
 
     #[test]

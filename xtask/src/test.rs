@@ -78,11 +78,11 @@ fn tests(report: &mut Report, step: &'static str, command: &mut Command) {
     eprintln!("\n==== {step}");
     let start = Instant::now();
     let outcome =
-        run_tests(step, command).unwrap_or_else(|error| Outcome { passed: 0, failures: vec![format!("{error:#}")] });
+        run_tests(command).unwrap_or_else(|error| Outcome { passed: 0, failures: vec![format!("{error:#}")] });
     report.add(step, start.elapsed(), outcome);
 }
 
-fn run_tests(step: &str, command: &mut Command) -> anyhow::Result<Outcome> {
+fn run_tests(command: &mut Command) -> anyhow::Result<Outcome> {
     let mut child = command.stdout(Stdio::piped()).spawn().context("cannot start cargo test")?;
     let mut lines = TestLines::default();
     if let Some(stdout) = child.stdout.take() {
@@ -93,5 +93,5 @@ fn run_tests(step: &str, command: &mut Command) -> anyhow::Result<Outcome> {
         }
     }
     let status = child.wait().context("cannot wait for cargo test")?;
-    Ok(lines.finish(status.success(), step))
+    Ok(lines.finish(status.success()))
 }
