@@ -63,9 +63,43 @@ fn read_module_dependencies(bytes: &[u8]) -> read::Result<Vec<String>> {
     Ok(depends.filter(|name| !name.is_empty()).map(|name| String::from_utf8_lossy(name).into_owned()).collect())
 }
 
+/// A file with a section `.modinfo` of this content and nothing else, as small as a module can be.
+#[cfg(test)]
+pub(crate) fn module_with_modinfo(modinfo: &[u8]) -> Vec<u8> {
+    const HEADER_LEN: u64 = 64;
+    const NAMES: &[u8] = b"\0.modinfo\0.shstrtab\0";
+    let names_at = HEADER_LEN + modinfo.len() as u64;
+    let sections_at = names_at + NAMES.len() as u64;
+    // ELF64, little-endian, version 1; relocatable, x86-64 (System V ABI, chapter 4).
+    let mut file = b"\x7fELF\x02\x01\x01".to_vec();
+    file.resize(16, 0);
+    file.extend([1_u16, 62].iter().flat_map(|field| field.to_le_bytes()));
+    file.extend(1_u32.to_le_bytes());
+    file.extend([0, 0, sections_at].iter().flat_map(|field| field.to_le_bytes()));
+    file.extend(0_u32.to_le_bytes());
+    file.extend([64_u16, 0, 0, 64, 3, 2].iter().flat_map(|field| field.to_le_bytes()));
+    file.extend(modinfo);
+    file.extend(NAMES);
+    // Name, type, then flags, address, offset, size; link, info, alignment and entry size are 0.
+    for (name, kind, offset, size) in
+        [(0_u32, 0_u32, 0, 0), (1, 1, HEADER_LEN, modinfo.len() as u64), (10, 3, names_at, NAMES.len() as u64)]
+    {
+        file.extend([name, kind].iter().flat_map(|field| field.to_le_bytes()));
+        file.extend([0, 0, offset, size, 0, 0, 0].iter().flat_map(|field: &u64| field.to_le_bytes()));
+    }
+    file
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_module_names_what_it_needs() {
+        let read = |modinfo: &[u8]| module_dependencies(Path::new("x"), &module_with_modinfo(modinfo)).unwrap();
+        assert_eq!(read(b"license=GPL\0depends=vfio,vfio-pci-core\0name=x\0"), ["vfio", "vfio-pci-core"]);
+        assert_eq!(read(b"depends=\0"), Vec::<String>::new());
+    }
 
     #[test]
     fn this_test_names_its_loader_and_libraries() {

@@ -124,6 +124,7 @@ fn collect(directory: &Path, files: &mut BTreeMap<String, PathBuf>) -> Result<()
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::elf::module_with_modinfo;
 
     #[test]
     fn module_names_are_those_of_depends() {
@@ -132,12 +133,54 @@ mod tests {
         assert_eq!(module_name(Path::new("modules.order")), None);
     }
 
+    /// Modules as a package has them: name of the file, its `depends=`.
+    fn tree(files: &[(&str, &str)]) -> (tempfile::TempDir, ModuleTree) {
+        let directory = tempfile::tempdir().unwrap();
+        fs::create_dir_all(directory.path().join("kernel/drivers")).unwrap();
+        fs::write(directory.path().join("modules.builtin"), "kernel/drivers/virtio/virtio_pci.ko\n").unwrap();
+        for (name, depends) in files {
+            let plain = module_with_modinfo(format!("depends={depends}\0").as_bytes());
+            let mut bytes = Vec::new();
+            if name.ends_with(".xz") {
+                lzma_rs::xz_compress(&mut plain.as_slice(), &mut bytes).unwrap();
+            } else {
+                bytes = plain;
+            }
+            fs::write(directory.path().join("kernel/drivers").join(name), bytes).unwrap();
+        }
+        let tree = ModuleTree::open(directory.path()).unwrap();
+        (directory, tree)
+    }
+
+    #[test]
+    fn dependencies_come_first_and_once() {
+        let (_directory, tree) = tree(&[
+            ("vfio-pci.ko.xz", "vfio-pci-core,vfio"),
+            ("vfio-pci-core.ko.xz", "vfio,irqbypass,virtio_pci"),
+            ("vfio.ko", ""),
+            ("irqbypass.ko.xz", ""),
+            ("unused.ko.xz", ""),
+        ]);
+        let mut image = Initramfs::new();
+        let list = tree.add_to(&mut image, &["vfio-pci", "vfio"]).unwrap();
+        assert_eq!(list, ["vfio.ko", "irqbypass.ko", "vfio-pci-core.ko", "vfio-pci.ko"]);
+        let paths: Vec<_> = image.files().into_iter().map(|file| file.path).collect();
+        assert_eq!(paths.len(), list.len() + 1, "{paths:?}");
+        assert!(list.iter().all(|name| image.contains(&format!("lib/modules/{name}"))));
+        assert!(image.contains("etc/modules.list"));
+    }
+
+    #[test]
+    fn modules_that_need_each_other_end_and_other_formats_are_named() {
+        let (_directory, tree) = tree(&[("a.ko", "b"), ("b.ko", "a"), ("c.ko.zst", "")]);
+        assert_eq!(tree.add_to(&mut Initramfs::new(), &["a"]).unwrap(), ["b.ko", "a.ko"]);
+        let refusal = tree.add_to(&mut Initramfs::new(), &["c"]).unwrap_err().to_string();
+        assert!(refusal.contains("c.ko.zst: only .ko"), "{refusal}");
+    }
+
     #[test]
     fn what_is_built_in_is_left_out_and_what_is_missing_is_named() {
-        let directory = tempfile::tempdir().unwrap();
-        fs::create_dir(directory.path().join("kernel")).unwrap();
-        fs::write(directory.path().join("modules.builtin"), "kernel/drivers/virtio/virtio_pci.ko\n").unwrap();
-        let tree = ModuleTree::open(directory.path()).unwrap();
+        let (_directory, tree) = tree(&[]);
         let mut image = Initramfs::new();
         assert_eq!(tree.add_to(&mut image, &["virtio-pci"]).unwrap(), Vec::<String>::new());
         let refusal = tree.add_to(&mut image, &["vfio-pci"]).unwrap_err().to_string();

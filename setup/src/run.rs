@@ -191,7 +191,7 @@ impl<'a> Provider<'a> {
         };
         let packages = apt.plan(&selection)?;
         let total = megabytes(packages.iter().map(|package| package.size_bytes).sum());
-        eprintln!("setup: {}: {} packages, {total}", step.what, packages.len());
+        eprintln!("setup: {}: {total} in {} package(s)", step.what, packages.len());
         apt.fetch(&selection, &total)?;
         let archives: Vec<PathBuf> = packages.iter().map(|package: &Package| apt.path_of(package)).collect();
         unpack(&archives, &root)?;
