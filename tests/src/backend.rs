@@ -3,12 +3,15 @@
 //! The same tests can run against each, so a failure that all of them show is the driver VM's or the harness's.
 
 use std::ffi::OsStr;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 use std::{env, fmt};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
+use rustix::io::{FdFlags, fcntl_setfd};
 
 use crate::process::{Process, command_that_dies_with_us};
 use crate::surroundings::Surroundings;
@@ -187,23 +190,17 @@ fn serve_by_storage_daemon(testbed: &Testbed, name: &str, image: &ServedImage) -
     Ok(Served::OnHost { process, socket })
 }
 
+/// The socket listens before the program starts and is inherited, so there is nothing to wait for.
 fn serve_by_vvu_blk(testbed: &Testbed, name: &str, image: &ServedImage) -> Result<Served> {
     let socket = testbed.socket(&format!("{name}.sock"));
-    let mut arguments = vec![
-        "--socket-path".to_owned(),
-        socket.display().to_string(),
-        "--image".to_owned(),
-        image.image.display().to_string(),
-        "--queues".to_owned(),
-        image.queues.to_string(),
-    ];
+    let listener = UnixListener::bind(&socket).with_context(|| format!("cannot listen at {}", socket.display()))?;
+    fcntl_setfd(&listener, FdFlags::empty()).context("cannot pass a socket on")?;
+    let mut command = image.command(workspace_program("vvu-blk", "VVU_BLK_BIN")?);
+    command.args(["--fd", &listener.as_raw_fd().to_string(), "--queues", &image.queues.to_string(), "--image"]);
+    command.arg(&image.image);
     if image.read_only {
-        arguments.push("--read-only".to_owned());
+        command.arg("--read-only");
     }
-    let program = workspace_program("vvu-blk", "VVU_BLK_BIN")?;
-    let mut command = image.command(program);
-    command.args(arguments);
-    let mut process = Process::spawn(name, command, testbed.folder())?;
-    process.await_line("listening socket", START_PATIENCE, |line| line.contains("listening").then_some(()))?;
+    let process = Process::spawn(name, command, testbed.folder())?;
     Ok(Served::OnHost { process, socket })
 }

@@ -12,14 +12,13 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde::Serialize;
 
-use crate::backend::{Backend, ServedImage};
+use crate::backend::{Backend, Served, ServedImage};
 use crate::counters::BlkCounters;
-use crate::driver_vm::{Disk, DriverVm, DriverVmPlan};
+use crate::driver_vm::{Disk, DriverVm, DriverVmPlan, kvm_is_usable};
 use crate::evidence;
 use crate::fio::{Figures, Job};
 use crate::image_file::create;
 use crate::testbed::Testbed;
-use crate::vvu_run::VvuRun;
 
 /// The jobs, in the order of the table.
 const JOBS: [Job; 6] = [
@@ -46,13 +45,15 @@ pub struct BenchOptions {
     pub runtime: Duration,
     /// Length of the image in bytes.
     pub image_len: u64,
+    /// What is compared with qemu-storage-daemon. With `vvu-blk` on the host, what remains is the price of the VM.
+    pub measured: Backend,
     /// One JSON document on standard output instead of a table.
     pub json: bool,
 }
 
 impl Default for BenchOptions {
     fn default() -> Self {
-        Self { rounds: 3, runtime: Duration::from_secs(4), image_len: 256 << 20, json: false }
+        Self { rounds: 3, runtime: Duration::from_secs(4), image_len: 256 << 20, measured: Backend::Vvu, json: false }
     }
 }
 
@@ -69,26 +70,35 @@ struct Spread {
 struct Row {
     job: String,
     block_size: &'static str,
-    vvu_iops: Spread,
+    measured_iops: Spread,
     host_iops: Spread,
-    vvu_latency_us: Spread,
+    measured_latency_us: Spread,
     host_latency_us: Spread,
-    /// Requests per second through the appliance VM divided by those through the host's back-end, within each round.
+    /// Requests per second through what is measured divided by those through the host's back-end, within each round.
     ratio: Spread,
 }
 
 /// The whole document.
 #[derive(Debug, Serialize)]
 struct Report {
+    measured: String,
     accelerator: &'static str,
     rounds: u32,
     seconds_per_run: u64,
+    rows: Vec<Row>,
+    /// Only if `vvu` is measured.
+    vvu: Option<VvuFigures>,
+}
+
+/// What `vvu run` takes.
+#[derive(Debug, Serialize)]
+struct VvuFigures {
     seconds_to_ready: f64,
     /// Memory of the appliance's QEMU without the driver VM's memory, which it maps, too.
     appliance_resident_bytes: u64,
     appliance_proportional_bytes: u64,
     bridge_resident_bytes: u64,
-    rows: Vec<Row>,
+    /// Of the whole benchmark.
     back_end: BlkCounters,
 }
 
@@ -101,9 +111,9 @@ pub fn run(options: &BenchOptions) -> Result<()> {
     let image = create(&testbed.folder().join("disk.img"), options.image_len)?;
     fill(&image, options.image_len)?;
     let served = ServedImage::writable(&image);
-    let mut vvu = VvuRun::start(&testbed, "vvu", &served)?;
+    let measured = options.measured.serve(&testbed, "measured", &served)?;
     let host = Backend::QemuStorageDaemon.serve(&testbed, "host", &served)?;
-    let plan = DriverVmPlan::new(&testbed, "driver").disk(Disk::at(vvu.socket())).disk(Disk::at(host.socket()));
+    let plan = DriverVmPlan::new(&testbed, "driver").disk(Disk::at(measured.socket())).disk(Disk::at(host.socket()));
     let mut vm = plan.boot()?;
 
     let mut rows = Vec::new();
@@ -111,29 +121,43 @@ pub fn run(options: &BenchOptions) -> Result<()> {
         eprintln!("bench: {} ({} rounds)", job.title(), options.rounds);
         rows.push(compare(&mut vm, &job, options)?);
     }
-    let memory = evidence::guest_memory(vm.qemu().pid())?;
-    let (resident, proportional) = evidence::memory_without(vvu.appliance().pid(), &memory)?;
-    let (bridge_resident, _) = evidence::memory_without(vvu.bridge().pid(), &memory)?;
-    vm.power_off()?;
+    let vvu = finish(measured, vm)?;
+    host.stop()?;
+    std::fs::remove_file(&image).context("cannot remove the image")?;
     let report = Report {
-        accelerator: if crate::driver_vm::kvm_is_usable() { "kvm" } else { "tcg" },
+        measured: options.measured.to_string(),
+        accelerator: if kvm_is_usable() { "kvm" } else { "tcg" },
         rounds: options.rounds,
         seconds_per_run: options.runtime.as_secs(),
-        seconds_to_ready: vvu.time_to_ready().as_secs_f64(),
-        appliance_resident_bytes: resident,
-        appliance_proportional_bytes: proportional,
-        bridge_resident_bytes: bridge_resident,
         rows,
-        back_end: vvu.await_counters()?,
+        vvu,
     };
-    host.stop()?;
-    vvu.stop()?;
-    std::fs::remove_file(&image).context("cannot remove the image")?;
     if options.json {
         serde_json::to_writer_pretty(io::stdout().lock(), &report)?;
         return writeln!(io::stdout()).context("cannot write the report");
     }
     print_table(&report, &mut io::stdout().lock()).context("cannot write the report")
+}
+
+/// Ends the driver VM and what is measured, and takes the last figures of both.
+fn finish(measured: Served, vm: DriverVm) -> Result<Option<VvuFigures>> {
+    let Served::Vvu(mut run) = measured else {
+        vm.power_off()?;
+        return measured.stop().map(|()| None);
+    };
+    let driver_memory = evidence::guest_memory(vm.qemu().pid())?;
+    let (resident, proportional) = evidence::memory_without(run.appliance().pid(), &driver_memory)?;
+    let (bridge_resident, _) = evidence::memory_without(run.bridge().pid(), &driver_memory)?;
+    vm.power_off()?;
+    let figures = VvuFigures {
+        seconds_to_ready: run.time_to_ready().as_secs_f64(),
+        appliance_resident_bytes: resident,
+        appliance_proportional_bytes: proportional,
+        bridge_resident_bytes: bridge_resident,
+        back_end: run.await_counters()?,
+    };
+    run.stop()?;
+    Ok(Some(figures))
 }
 
 /// Writes the whole image once: reads of holes and first writes into them measure the host's file system.
@@ -163,9 +187,9 @@ fn compare(vm: &mut DriverVm, job: &Job, options: &BenchOptions) -> Result<Row> 
     Ok(Row {
         job: job.title(),
         block_size: job.block_size,
-        vvu_iops: spread(&|pair| pair.0.iops),
+        measured_iops: spread(&|pair| pair.0.iops),
         host_iops: spread(&|pair| pair.1.iops),
-        vvu_latency_us: spread(&|pair| pair.0.latency_us),
+        measured_latency_us: spread(&|pair| pair.0.latency_us),
         host_latency_us: spread(&|pair| pair.1.latency_us),
         ratio: spread(&|pair| pair.0.iops / pair.1.iops),
     })
@@ -184,49 +208,56 @@ impl Spread {
 
 fn print_table(report: &Report, out: &mut impl Write) -> io::Result<()> {
     const MIB: f64 = 1_048_576.0;
-    let mib = |bytes: u64| format!("{} MiB", bytes >> 20);
     writeln!(
         out,
-        "fio in the driver VM, O_DIRECT, libaio; both VMs under {}; median [least..most] of {} rounds of {} s\n",
+        "fio in the driver VM, O_DIRECT, libaio; VMs under {}; median [least..most] of {} rounds of {} s\n",
         report.accelerator, report.rounds, report.seconds_per_run
     )?;
-    writeln!(out, "{:<26} {:>26} {:>26} {:>22}", "", "vvu, IOPS", "qemu-storage-daemon, IOPS", "ratio")?;
+    writeln!(
+        out,
+        "{:<26} {:>26} {:>26} {:>22}",
+        "",
+        format!("{}, IOPS", report.measured),
+        "qemu-storage-daemon, IOPS",
+        "ratio"
+    )?;
     for row in &report.rows {
         writeln!(
             out,
             "{:<26} {:>26} {:>26} {:>22}",
             row.job,
-            iops(&row.vvu_iops),
+            iops(&row.measured_iops),
             iops(&row.host_iops),
             format!("{:.2} [{:.2}..{:.2}]", row.ratio.median, row.ratio.least, row.ratio.most)
         )?;
         if row.block_size == "128k" {
             let rate = |spread: &Spread| format!("{:.0} MiB/s", spread.median * 131_072.0 / MIB);
-            writeln!(out, "{:<26} {:>26} {:>26}", "", rate(&row.vvu_iops), rate(&row.host_iops))?;
+            writeln!(out, "{:<26} {:>26} {:>26}", "", rate(&row.measured_iops), rate(&row.host_iops))?;
         }
     }
-    writeln!(out, "\nfrom vvu run to ready       {:.2} s", report.seconds_to_ready)?;
+    report.vvu.as_ref().map_or(Ok(()), |figures| print_vvu_figures(figures, out))
+}
+
+fn print_vvu_figures(figures: &VvuFigures, out: &mut impl Write) -> io::Result<()> {
+    let mib = |bytes: u64| format!("{} MiB", bytes >> 20);
+    let back_end = &figures.back_end;
+    writeln!(out, "\nfrom vvu run to ready  {:.2} s", figures.seconds_to_ready)?;
     writeln!(
         out,
-        "appliance's QEMU            RSS {}, PSS {} (driver VM memory not counted)",
-        mib(report.appliance_resident_bytes),
-        mib(report.appliance_proportional_bytes)
+        "appliance's QEMU       RSS {}, PSS {} (driver VM memory not counted)",
+        mib(figures.appliance_resident_bytes),
+        mib(figures.appliance_proportional_bytes)
     )?;
-    writeln!(out, "bridge                      RSS {}", mib(report.bridge_resident_bytes))?;
+    writeln!(out, "bridge                 RSS {}", mib(figures.bridge_resident_bytes))?;
     writeln!(
         out,
-        "back-end                    {} zero-copy, {} bytes bounced, {} bytes through a page cache",
-        mib(report.back_end.zero_copy_bytes),
-        report.back_end.bounced_bytes,
-        report.back_end.page_cache_bytes
+        "back-end               {} zero-copy, {} bytes bounced, {} bytes through a page cache",
+        mib(back_end.zero_copy_bytes),
+        back_end.bounced_bytes,
+        back_end.page_cache_bytes
     )?;
-    writeln!(
-        out,
-        "                            {} requests, {} kicks, {} calls",
-        report.back_end.reads + report.back_end.writes + report.back_end.flushes,
-        report.back_end.kicks,
-        report.back_end.calls
-    )
+    let requests = back_end.reads + back_end.writes + back_end.flushes;
+    writeln!(out, "                       {requests} requests, {} kicks, {} calls", back_end.kicks, back_end.calls)
 }
 
 fn iops(spread: &Spread) -> String {

@@ -252,7 +252,7 @@ fn firmware_boots_from_the_disk() -> Result<()> {
 }
 
 /// A boot sector whose program reads `sector` with INT 13h, function 42h, and prints its text on the first serial port.
-fn boot_sector(sector: u64) -> [u8; 512] {
+fn boot_sector(sector: u64) -> Vec<u8> {
     const PACKET_AT: usize = 0x30;
     let program: [u8; 0x2c] = [
         0x31, 0xc0, //       xor ax, ax
@@ -281,10 +281,11 @@ fn boot_sector(sector: u64) -> [u8; 512] {
     ];
     // Disk address packet: its size, a zero, one sector, to 0000:7e00, from `sector`.
     let packet = [0x10, 0, 1, 0, 0x00, 0x7e, 0, 0];
-    let mut bytes = [0; 512];
-    bytes[..program.len()].copy_from_slice(&program);
-    bytes[PACKET_AT..PACKET_AT + 8].copy_from_slice(&packet);
-    bytes[PACKET_AT + 8..PACKET_AT + 16].copy_from_slice(&sector.to_le_bytes());
-    bytes[510..].copy_from_slice(&[0x55, 0xaa]);
+    let mut bytes = Vec::from(program);
+    bytes.resize(PACKET_AT, 0);
+    bytes.extend(packet);
+    bytes.extend(sector.to_le_bytes());
+    bytes.resize(510, 0);
+    bytes.extend([0x55, 0xaa]);
     bytes
 }
