@@ -1,0 +1,113 @@
+//! Finds the devices of each device set by their uuid, and brings them up in the order that they need.
+//!
+//! 1. Control devices and doorbell devices go to vfio-pci; each says which set it belongs to.
+//! 2. The control devices start, so that the bridges can tell of their windows.
+//! 3. The windows' devices start, and each bridge maps the header of its window.
+//! 4. With all headers in place, the kernel looks at them and makes the device-DAX nodes.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use tokio::time::timeout;
+use tracing::{info, warn};
+use vvu_appliance_config::ApplianceConfig;
+use vvu_protocol::control::VIRTIO_ID;
+
+use crate::control::{ControlDevice, ControlPort, FoundControlDevice};
+use crate::doorbell::DoorbellDevice;
+use crate::modules::{Modules, Stage};
+use crate::pci::{PciFunction, PciId};
+use crate::programs::prepare;
+use crate::reaper::Reaper;
+use crate::session::DeviceSet;
+use crate::supervisor::Supervisor;
+use crate::uuid::Uuid;
+use crate::vfio::VfioDevice;
+use crate::window::Window;
+
+/// How long a bridge may take to map the header of its window.
+const WINDOW_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A device set of the real machine.
+pub type RealDeviceSet = DeviceSet<ControlDevice, DoorbellDevice>;
+
+struct Devices {
+    uuid: Uuid,
+    control: ControlDevice,
+    doorbell: DoorbellDevice,
+    window_len: u64,
+}
+
+/// Brings up all device sets of the configuration.
+///
+/// # Errors
+/// If a device is missing or cannot be driven.
+pub async fn bring_up(config: &ApplianceConfig, modules: &Modules, reaper: &Reaper) -> Result<Vec<RealDeviceSet>> {
+    let mut controls = find_controls()?;
+    let mut doorbells = find_doorbells()?;
+    let mut sets = Vec::new();
+    for set in &config.device_sets {
+        let uuid: Uuid = set.uuid.parse()?;
+        let control = controls.remove(&uuid).with_context(|| format!("device set {uuid} has no control device"))?;
+        let doorbell = doorbells.remove(&uuid).with_context(|| format!("device set {uuid} has no doorbell device"))?;
+        let control = control.start().with_context(|| format!("device set {uuid}"))?;
+        sets.push(Devices { uuid, control, doorbell, window_len: 0 });
+    }
+    for uuid in controls.keys().chain(doorbells.keys()) {
+        warn!(set = %uuid, "there is a device of a set that is not configured");
+    }
+    modules.load(Stage::Window)?;
+    for set in &mut sets {
+        let uuid = set.uuid;
+        let len = timeout(WINDOW_TIMEOUT, window_len(&mut set.control)).await;
+        set.window_len = len.with_context(|| format!("bridge of device set {uuid} does not map its window"))??;
+    }
+    modules.load(Stage::Dax)?;
+    let mut ready = Vec::new();
+    for (index, (set, configured)) in (0..).zip(sets.into_iter().zip(&config.device_sets)) {
+        let Devices { uuid, control, doorbell, window_len } = set;
+        let window = Window::open(uuid, window_len).await?;
+        let program = prepare(index, uuid, &configured.device, &config.log).await?;
+        let supervisor = Supervisor::new(program, reaper.clone(), &window.file)?;
+        info!(set = %uuid, "devices are up");
+        ready.push(DeviceSet::new(uuid, control, doorbell, window, supervisor));
+    }
+    Ok(ready)
+}
+
+fn find_controls() -> Result<BTreeMap<Uuid, FoundControlDevice>> {
+    let mut found = BTreeMap::new();
+    for function in PciFunction::all(PciId::modern_virtio(VIRTIO_ID))? {
+        let device = FoundControlDevice::new(open(&function)?).with_context(|| format!("PCI device {function}"))?;
+        info!(set = %device.uuid(), %function, "control device");
+        found.insert(device.uuid(), device);
+    }
+    Ok(found)
+}
+
+fn find_doorbells() -> Result<BTreeMap<Uuid, DoorbellDevice>> {
+    let mut found = BTreeMap::new();
+    for function in PciFunction::all(PciId::IVSHMEM)? {
+        let device = DoorbellDevice::new(open(&function)?).with_context(|| format!("PCI device {function}"))?;
+        info!(set = %device.uuid(), %function, "doorbell device");
+        found.insert(device.uuid(), device);
+    }
+    Ok(found)
+}
+
+fn open(function: &PciFunction) -> Result<VfioDevice> {
+    let group = function.bind_to_vfio()?;
+    VfioDevice::open(function, group).with_context(|| format!("PCI device {function}"))
+}
+
+/// Waits until the device tells how long its window is.
+async fn window_len(control: &mut ControlDevice) -> Result<u64> {
+    loop {
+        let len = control.config()?.window_len;
+        if len != 0 {
+            return Ok(len);
+        }
+        control.config_change().await?;
+    }
+}

@@ -1,0 +1,42 @@
+//! PID 1 of the appliance VM: the half of the proxy that speaks to the back-end.
+//!
+//! For each device set it drives the control device and the doorbell device by way of VFIO, opens the window, keeps the
+//! back-end running as a process of its own without privileges, and is the front-end on the back-end's socket: a frame
+//! from the bridge becomes a vhost-user message, its handles become file descriptors, and the back-end's reply becomes a
+//! frame. The binary `vvu-agent` runs it; tests run [`session`] against a control device of their own.
+//!
+//! It never looks at driver memory or at a device's data, signals nothing itself while a device runs, and has no device
+//! code. It trusts neither the bridge nor the back-end to follow the rules.
+//!
+//! Pure: [`regions`], [`restarts`], the staging of [`modules`], the rules of [`ring`] and [`translate`]. Unsafe: the ioctls
+//! of [`vfio`] and the waiting of [`watch`]. Waiting: [`session`], [`supervisor`], [`back_end`], [`reaper`].
+
+pub mod back_end;
+pub mod boot;
+pub mod control;
+pub mod device_sets;
+pub mod dma;
+pub mod doorbell;
+pub mod modules;
+pub mod pci;
+pub mod programs;
+pub mod reaper;
+pub mod regions;
+pub mod restarts;
+pub mod ring;
+pub mod session;
+pub mod supervisor;
+pub mod translate;
+pub mod uuid;
+pub mod vfio;
+pub mod virtio_pci;
+pub mod watch;
+pub mod window;
+
+use std::error::Error;
+
+/// An error and its causes, in one line.
+pub(crate) fn in_one_line(error: &dyn Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| (*error).source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}

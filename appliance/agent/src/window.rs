@@ -1,0 +1,98 @@
+//! The window as the appliance sees it: the device-DAX node that the kernel makes over a virtio-pmem device whose header
+//! names the device set.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::uuid::Uuid;
+use crate::watch::wait_for;
+
+/// Devices of the kernel's nvdimm bus. A device-DAX namespace has an attribute `uuid`, from the header of the window, and
+/// below it a directory with the name of its node.
+const ND_DEVICES: &str = "/sys/bus/nd/devices";
+
+/// How long the kernel may take from the drivers' loading to the node.
+const NODE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Why there is no window.
+#[derive(Debug, thiserror::Error)]
+pub enum WindowError {
+    /// No node has come.
+    #[error("no device-DAX node of device set {uuid} has come within {} s", NODE_TIMEOUT.as_secs())]
+    NoNode {
+        /// The device set.
+        uuid: Uuid,
+    },
+    /// The node cannot be looked for or opened.
+    #[error("device-DAX node")]
+    Io(#[from] io::Error),
+}
+
+/// The window of one device set. Its file's offset 0 is window offset [`vvu_protocol::dax::NODE_OFFSET`].
+#[derive(Debug, Clone)]
+pub struct Window {
+    /// The node, open for reading and writing.
+    pub file: Arc<OwnedFd>,
+    /// Length of the window in bytes, header included.
+    pub len: u64,
+}
+
+impl Window {
+    /// Waits for the node of a device set, and opens it.
+    ///
+    /// # Errors
+    /// [`WindowError`].
+    pub async fn open(uuid: Uuid, len: u64) -> Result<Self, WindowError> {
+        let look = || {
+            let Some(path) = find_node(Path::new(ND_DEVICES), uuid).filter(|path| path.exists()) else {
+                return Ok(None);
+            };
+            File::options().read(true).write(true).open(&path).map(|file| Some((path, file)))
+        };
+        let found = wait_for(Path::new("/dev"), NODE_TIMEOUT, look).await?;
+        let (path, file) = found.ok_or(WindowError::NoNode { uuid })?;
+        tracing::info!(node = %path.display(), len_bytes = len, "window is open");
+        Ok(Self { file: Arc::new(file.into()), len })
+    }
+}
+
+fn find_node(nd_devices: &Path, uuid: Uuid) -> Option<PathBuf> {
+    let namespaces = fs::read_dir(nd_devices).ok()?.flatten();
+    let mut ours = namespaces.filter(|namespace| {
+        let text = fs::read_to_string(namespace.path().join("uuid")).unwrap_or_default();
+        namespace.file_name().to_string_lossy().starts_with("dax") && text.trim().parse() == Ok(uuid)
+    });
+    let below = fs::read_dir(ours.next()?.path()).ok()?.flatten();
+    let mut nodes = below.filter(|entry| entry.path().join("dev").is_file());
+    Some(Path::new("/dev").join(nodes.next()?.file_name()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_node_of_the_uuid_is_found() {
+        let directory = tempfile::tempdir().unwrap();
+        let put = |path: &str, text: &str| {
+            let path = directory.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        };
+        put("dax0.0/uuid", "11111111-1111-1111-1111-111111111111\n");
+        put("dax0.0/dax0.0/dev", "252:1\n");
+        put("dax1.0/uuid", "22222222-2222-2222-2222-222222222222\n");
+        put("dax1.0/power/control", "auto\n");
+        put("dax1.0/dax1.0/dev", "252:2\n");
+        put("dax1.1/uuid", "\n");
+        put("namespace1.0/uuid", "33333333-3333-3333-3333-333333333333\n");
+        let find = |digit: u8| find_node(directory.path(), Uuid([digit << 4 | digit; 16]));
+        assert_eq!(find(1), Some(PathBuf::from("/dev/dax0.0")));
+        assert_eq!(find(2), Some(PathBuf::from("/dev/dax1.0")));
+        assert_eq!(find(3), None);
+    }
+}
