@@ -386,7 +386,8 @@ impl Engine {
         let readable = u32::from(libc::POLLIN.cast_unsigned());
         let poll = opcode::PollAdd::new(fd, readable).build();
         let read = opcode::Read::new(fd, word.as_ptr().cast(), 8).build();
-        // A poll that succeeds says nothing; one that fails fails the read with it.
+        // A poll that succeeds says nothing; one that fails takes the read with it, which says nothing then
+        // (io_uring_enter(2), IOSQE_CQE_SKIP_SUCCESS).
         self.push_untracked(poll.flags(Flags::IO_LINK | Flags::SKIP_SUCCESS).user_data(tag_of(watch) | TAG_POLL))?;
         self.push(read.user_data(tag_of(watch)))
     }
@@ -452,8 +453,9 @@ impl Engine {
     }
 
     fn dispatch(&mut self, entry: &cqueue::Entry) -> Result<Option<Completion>, EngineError> {
-        let tag = entry.user_data();
-        if tag & (TAG_POLL | TAG_UNTRACKED) != 0 {
+        // Of a poll and its read, exactly one reports: the poll if it fails, else the read.
+        let tag = entry.user_data() & !TAG_POLL;
+        if tag & TAG_UNTRACKED != 0 {
             return Ok(None);
         }
         self.pending = self.pending.saturating_sub(1);

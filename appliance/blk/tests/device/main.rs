@@ -1,0 +1,10 @@
+//! The real program against a real front-end: the `vhost` crate's messages over a unix socket, memory of the test's own,
+//! and a driver that builds its rings descriptor by descriptor. Content is compared with the image file itself, and with
+//! what qemu-io reads from it where that is installed.
+
+mod driver;
+mod hostile;
+mod lifecycle;
+mod process;
+mod requests;
+mod storage;

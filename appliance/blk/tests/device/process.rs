@@ -1,0 +1,183 @@
+//! The program under test.
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+/// Longest wait for anything. Only a failure takes this long.
+pub(crate) const LIMIT: Duration = Duration::from_secs(60);
+
+/// A running `vvu-blk`, ended and cleaned up with the value.
+pub(crate) struct Program {
+    child: Child,
+    directory: tempfile::TempDir,
+    log: Arc<Log>,
+}
+
+#[derive(Default)]
+struct Log {
+    lines: Mutex<(Vec<String>, bool)>,
+    grown: Condvar,
+}
+
+impl Program {
+    /// Serves `image` with further arguments.
+    pub(crate) fn start(image: &Path, arguments: &[&str]) -> Self {
+        Self::start_in("", image, arguments)
+    }
+
+    /// The same, after the shell commands `prelude`.
+    pub(crate) fn start_in(prelude: &str, image: &Path, arguments: &[&str]) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("socket");
+        let mut command = if prelude.is_empty() {
+            Command::new(env!("CARGO_BIN_EXE_vvu-blk"))
+        } else {
+            let mut unshare = Command::new("unshare");
+            if !rustix::process::geteuid().is_root() {
+                unshare.args(["--user", "--map-root-user"]);
+            }
+            let script = format!("{prelude} && exec \"$0\" \"$@\"");
+            unshare.args(["--mount", "sh", "-c", &script, env!("CARGO_BIN_EXE_vvu-blk")]);
+            unshare
+        };
+        command.arg("--socket-path").arg(&socket).arg("--image").arg(image).args(arguments);
+        command.env("RUST_LOG", "vvu_blk=debug");
+        let program = Self::spawn(command, directory);
+        program.wait_for_line(|line| line.contains("listening"));
+        program
+    }
+
+    pub(crate) fn spawn(mut command: Command, directory: tempfile::TempDir) -> Self {
+        let mut child = command.stderr(Stdio::piped()).stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
+        let log = Arc::new(Log::default());
+        let (stderr, writer) = (child.stderr.take().unwrap(), Arc::clone(&log));
+        std::thread::spawn(move || {
+            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                eprintln!("[vvu-blk] {line}");
+                writer.lines.lock().unwrap().0.push(line);
+                writer.grown.notify_all();
+            }
+            writer.lines.lock().unwrap().1 = true;
+            writer.grown.notify_all();
+        });
+        Self { child, directory, log }
+    }
+
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.directory.path().join("socket")
+    }
+
+    /// Waits for a line of the log and returns it.
+    pub(crate) fn wait_for_line(&self, wanted: impl Fn(&str) -> bool) -> String {
+        let deadline = Instant::now() + LIMIT;
+        let mut lines = self.log.lines.lock().unwrap();
+        loop {
+            if let Some(line) = lines.0.iter().find(|line| wanted(line)) {
+                return line.clone();
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            assert!(!lines.1 && !left.is_zero(), "the line never came; log: {:#?}", lines.0);
+            lines = self.log.grown.wait_timeout(lines, left).unwrap().0;
+        }
+    }
+
+    /// Lines of the log so far that contain `text`.
+    pub(crate) fn count_lines(&self, text: &str) -> usize {
+        self.log.lines.lock().unwrap().0.iter().filter(|line| line.contains(text)).count()
+    }
+
+    /// The counters at this moment, by SIGUSR1.
+    pub(crate) fn counters(&self) -> serde_json::Value {
+        let before = self.count_lines("counters {");
+        self.signal(rustix::process::Signal::USR1);
+        let deadline = Instant::now() + LIMIT;
+        let mut lines = self.log.lines.lock().unwrap();
+        loop {
+            if let Some(line) = lines.0.iter().filter(|line| line.contains("counters {")).nth(before) {
+                return serde_json::from_str(line.split_once("counters ").unwrap().1).unwrap();
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            assert!(!lines.1 && !left.is_zero(), "no counters came");
+            lines = self.log.grown.wait_timeout(lines, left).unwrap().0;
+        }
+    }
+
+    /// One counter, summed up over the queues.
+    pub(crate) fn counter(&self, name: &str) -> u64 {
+        self.counters()["total"][name].as_u64().unwrap_or_else(|| panic!("there is no counter {name}"))
+    }
+
+    pub(crate) fn signal(&self, signal: rustix::process::Signal) {
+        rustix::process::kill_process(rustix::process::Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    pub(crate) fn is_alive(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
+    /// Number of descriptors that the program has open.
+    pub(crate) fn open_descriptors(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
+    }
+
+    pub(crate) fn wait(&mut self) -> ExitStatus {
+        self.child.wait().unwrap()
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        // It may have ended already, as some tests want it to.
+        let _gone = self.child.kill();
+        let _status = self.child.wait();
+    }
+}
+
+/// A directory on the file system of the build, which is one with direct I/O where anything is.
+pub(crate) fn disk_directory() -> tempfile::TempDir {
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
+}
+
+/// An image of `len` bytes in a directory of its own.
+pub(crate) struct ImageFile {
+    directory: tempfile::TempDir,
+}
+
+impl ImageFile {
+    pub(crate) fn new(len: u64) -> Self {
+        Self::in_directory(disk_directory(), len)
+    }
+
+    pub(crate) fn in_directory(directory: tempfile::TempDir, len: u64) -> Self {
+        let image = Self { directory };
+        std::fs::File::create(image.path()).unwrap().set_len(len).unwrap();
+        image
+    }
+
+    pub(crate) fn path(&self) -> PathBuf {
+        self.directory.path().join("disk.img")
+    }
+
+    pub(crate) fn content(&self) -> Vec<u8> {
+        std::fs::read(self.path()).unwrap()
+    }
+
+    /// Bytes that the file has allocated.
+    pub(crate) fn allocated(&self) -> u64 {
+        std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(self.path()).unwrap()) * 512
+    }
+
+    /// Lets qemu-io check that `len` bytes at `offset` are all `pattern`, if it is installed.
+    pub(crate) fn check_by_qemu(&self, pattern: u8, offset: u64, len: u64) {
+        let read = format!("read -P {pattern} {offset} {len}");
+        let Ok(output) = Command::new("qemu-io").args(["-r", "-f", "raw", "-c", &read]).arg(self.path()).output() else {
+            eprintln!("qemu-io is not installed: second opinion left out");
+            return;
+        };
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && !text.contains("verification failed"), "qemu-io: {text}");
+    }
+}
