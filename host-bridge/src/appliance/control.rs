@@ -216,11 +216,13 @@ impl Control {
         Ok(())
     }
 
-    /// The agent writes the status field and nothing else; all bits but its own are ignored.
+    /// The agent writes the status field and nothing else, and all bits but its own are ignored. QEMU hands over the whole
+    /// configuration space with each write, so what counts is the status field within it.
     fn config_written(&mut self, written: &ConfigAccess) {
         let offset = usize::try_from(written.offset).unwrap_or(usize::MAX);
-        let value = written.bytes.as_slice().try_into().map(u32::from_le_bytes);
-        let (CONFIG_STATUS_OFFSET, Ok(value)) = (offset, value) else {
+        let skipped = CONFIG_STATUS_OFFSET.checked_sub(offset);
+        let field = skipped.and_then(|skipped| written.bytes.get(skipped..)).and_then(|field| field.first_chunk());
+        let Some(value) = field.copied().map(u32::from_le_bytes) else {
             tracing::debug!(offset, len = written.bytes.len(), "ignored a write to the configuration space");
             return;
         };
