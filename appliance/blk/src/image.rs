@@ -5,6 +5,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{AtFlags, FlockOperation, OFlags, StatxFlags};
 
@@ -17,6 +18,12 @@ const MAX_ALIGNMENT: u32 = 64 * 1024;
 
 /// Physical block size that is told to the driver for a file: the block size of common file systems.
 const FILE_BLOCK_SIZE: u32 = 4096;
+
+/// How long the image may still be locked by a back-end that has ended.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Time between two attempts to lock; flock(2) itself waits without limit or not at all.
+const LOCK_INTERVAL: Duration = Duration::from_millis(10);
 
 /// Why an image cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -109,10 +116,7 @@ impl Image {
         }
         let (file, direct) =
             open_direct_first(path, read_only).map_err(|source| ImageError::Open { path: path_buf(), source })?;
-        // Held as long as the file is open; a lock that the file system does not know is no reason to refuse.
-        let lock =
-            if read_only { FlockOperation::NonBlockingLockShared } else { FlockOperation::NonBlockingLockExclusive };
-        if rustix::fs::flock(&file, lock) == Err(rustix::io::Errno::WOULDBLOCK) {
+        if !lock(&file, read_only) {
             return Err(ImageError::InUse { path: path_buf() });
         }
         let examined = examine(&file, kind.is_block_device(), direct, io_alignment);
@@ -187,6 +191,24 @@ fn open_direct_first(path: &Path, read_only: bool) -> io::Result<(File, bool)> {
         }
         Err(error) => Err(error),
     }
+}
+
+/// Locks the image against a second back-end, for as long as the file is open. False if there is one.
+///
+/// The kernel ends the io_uring of a process only some time after the process, and with it the last I/O and the lock. So
+/// a back-end that is started in place of one that died waits a little.
+fn lock(file: &File, read_only: bool) -> bool {
+    let operation =
+        if read_only { FlockOperation::NonBlockingLockShared } else { FlockOperation::NonBlockingLockExclusive };
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    // A file system without locks is no reason to refuse.
+    while rustix::fs::flock(file, operation) == Err(rustix::io::Errno::WOULDBLOCK) {
+        if Instant::now() >= deadline {
+            return false;
+        }
+        std::thread::sleep(LOCK_INTERVAL);
+    }
+    true
 }
 
 struct Facts {

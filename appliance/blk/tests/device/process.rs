@@ -44,14 +44,14 @@ impl Program {
             unshare
         };
         command.arg("--socket-path").arg(&socket).arg("--image").arg(image).args(arguments);
-        command.env("RUST_LOG", "vvu_blk=debug");
+        command.env("RUST_LOG", "vvu_blk=debug").stdin(Stdio::null());
         let program = Self::spawn(command, directory);
         program.wait_for_line(|line| line.contains("listening"));
         program
     }
 
     pub(crate) fn spawn(mut command: Command, directory: tempfile::TempDir) -> Self {
-        let mut child = command.stderr(Stdio::piped()).stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
+        let mut child = command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
         let log = Arc::new(Log::default());
         let (stderr, writer) = (child.stderr.take().unwrap(), Arc::clone(&log));
         std::thread::spawn(move || {
@@ -173,7 +173,8 @@ impl ImageFile {
     /// Lets qemu-io check that `len` bytes at `offset` are all `pattern`, if it is installed.
     pub(crate) fn check_by_qemu(&self, pattern: u8, offset: u64, len: u64) {
         let read = format!("read -P {pattern} {offset} {len}");
-        let Ok(output) = Command::new("qemu-io").args(["-r", "-f", "raw", "-c", &read]).arg(self.path()).output() else {
+        let Ok(output) = Command::new("qemu-io").args(["-r", "-f", "raw", "-c", &read]).arg(self.path()).output()
+        else {
             eprintln!("qemu-io is not installed: second opinion left out");
             return;
         };

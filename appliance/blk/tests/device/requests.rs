@@ -4,7 +4,9 @@ use std::os::unix::fs::FileExt;
 
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::driver::{CONFIG_WCE, DATA, EVENT_IDX, FLUSH, FrontEnd, READ_ONLY, REGION_LEN, Req, is_signalled, noise, wait_event};
+use crate::driver::{
+    CONFIG_WCE, DATA, EVENT_IDX, FLUSH, FrontEnd, READ_ONLY, REGION_LEN, Req, is_signalled, noise, wait_event,
+};
 use crate::process::{ImageFile, Program};
 
 const MIB: u64 = 1 << 20;
@@ -180,7 +182,12 @@ fn range(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
 }
 
 fn fill_disk(image: &ImageFile, len: u64) {
-    std::fs::OpenOptions::new().write(true).open(image.path()).unwrap().write_all_at(&noise(len as usize, 9), 0).unwrap();
+    std::fs::OpenOptions::new()
+        .write(true)
+        .open(image.path())
+        .unwrap()
+        .write_all_at(&noise(len as usize, 9), 0)
+        .unwrap();
 }
 
 #[test]
