@@ -21,16 +21,11 @@ struct Target {
 }
 
 impl Target {
-    fn deliver(&mut self) -> io::Result<()> {
-        match &self.descriptor {
-            Some(descriptor) => {
-                self.pending = false;
-                event::signal(descriptor)
-            }
-            None => {
-                self.pending = true;
-                Ok(())
-            }
+    /// A front-end that keeps its own eventfd from being signalled has lost the signal; nobody else has.
+    fn deliver(&mut self) {
+        self.pending = self.descriptor.is_none();
+        if let Some(Err(error)) = self.descriptor.as_ref().map(event::signal) {
+            tracing::debug!(%error, "front-end's eventfd takes no signal");
         }
     }
 }
@@ -59,15 +54,20 @@ impl Outward {
         Ok(Self { peer, descriptor, target, relay })
     }
 
-    fn set_target(&self, descriptor: Option<OwnedFd>) -> io::Result<()> {
+    fn set_target(&self, descriptor: Option<OwnedFd>) {
         let mut target = self.target.borrow_mut();
         target.descriptor = descriptor;
-        if target.pending { target.deliver() } else { Ok(()) }
+        if target.pending {
+            target.deliver();
+        }
     }
 
     /// Passes on at once what has been signalled so far.
     fn flush(&self) -> io::Result<()> {
-        if event::take(&self.descriptor)?.is_some() { self.target.borrow_mut().deliver() } else { Ok(()) }
+        if event::take(&self.descriptor)?.is_some() {
+            self.target.borrow_mut().deliver();
+        }
+        Ok(())
     }
 
     /// Forgets the front-end and what was signalled for it.
@@ -78,21 +78,26 @@ impl Outward {
     }
 }
 
+/// The front-end's end of a signal into the appliance, and the task that passes it on.
+#[derive(Debug)]
+struct KickSource {
+    descriptor: OwnedFd,
+    relay: JoinHandle<()>,
+}
+
+impl Drop for KickSource {
+    fn drop(&mut self) {
+        self.relay.abort();
+    }
+}
+
 /// Eventfds of one queue.
 #[derive(Debug)]
 struct QueueDoorbells {
     kick: OwnedFd,
-    kick_relay: Option<JoinHandle<()>>,
+    kick_source: Option<KickSource>,
     call: Outward,
     error: Outward,
-}
-
-impl QueueDoorbells {
-    fn stop_kicks(&mut self) {
-        if let Some(relay) = self.kick_relay.take() {
-            relay.abort();
-        }
-    }
 }
 
 /// All eventfds of the device. Needs a tokio `LocalSet`.
@@ -130,7 +135,7 @@ impl Doorbells {
                 // Peer 0 is the appliance's own device.
                 let call = Outward::new(PeerId(1 + 2 * index))?;
                 let error = Outward::new(PeerId(2 + 2 * index))?;
-                Ok(QueueDoorbells { kick: event::create()?, kick_relay: None, call, error })
+                Ok(QueueDoorbells { kick: event::create()?, kick_source: None, call, error })
             })
             .collect::<Result<_, EventError>>()?;
         Ok(Self { queues })
@@ -177,11 +182,16 @@ impl Doorbells {
     /// Passes kicks of the front-end on to the appliance from now on, or no longer.
     pub(crate) fn set_kick(&mut self, index: u8, descriptor: Option<OwnedFd>) -> Result<(), EventError> {
         let Some(queue) = self.queues.get_mut(usize::from(index)) else { return Ok(()) };
-        queue.stop_kicks();
+        // A kick that was made at the eventfd before and not passed on yet.
+        if let Some(source) = queue.kick_source.take()
+            && event::take(&source.descriptor)?.is_some()
+        {
+            event::signal(&queue.kick)?;
+        }
         if let Some(descriptor) = descriptor {
-            let source = Event::new(descriptor)?;
-            let target = queue.kick.try_clone()?;
-            queue.kick_relay = Some(tokio::task::spawn_local(relay_kicks(index, source, target)));
+            let source = Event::new(descriptor.try_clone()?)?;
+            let relay = tokio::task::spawn_local(relay_kicks(index, source, queue.kick.try_clone()?));
+            queue.kick_source = Some(KickSource { descriptor, relay });
         }
         Ok(())
     }
@@ -193,11 +203,11 @@ impl Doorbells {
         signal: OutwardSignal,
         descriptor: Option<OwnedFd>,
     ) -> Result<(), EventError> {
-        if let Some(descriptor) = &descriptor {
-            check_kind(descriptor.as_fd())?;
+        check_eventfd(descriptor.as_ref())?;
+        if let Some(outward) = self.outward(usize::from(index), signal) {
+            outward.set_target(descriptor);
         }
-        let outward = self.outward(usize::from(index), signal);
-        Ok(outward.map_or(Ok(()), |outward| outward.set_target(descriptor))?)
+        Ok(())
     }
 
     /// A vring has stopped: no kick is passed on any more, and every call that was made before is passed on now.
@@ -205,19 +215,24 @@ impl Doorbells {
         let Some(queue) = usize::try_from(index).ok().and_then(|index| self.queues.get_mut(index)) else {
             return Ok(());
         };
-        queue.stop_kicks();
+        queue.kick_source = None;
         queue.call.flush()
     }
 
     /// The session has ended: nothing of its front-end is kept.
     pub(crate) fn reset(&mut self) -> io::Result<()> {
         for queue in &mut self.queues {
-            queue.stop_kicks();
+            queue.kick_source = None;
             queue.call.reset()?;
             queue.error.reset()?;
         }
         Ok(())
     }
+}
+
+/// Refuses what is no eventfd.
+pub(crate) fn check_eventfd(descriptor: Option<&OwnedFd>) -> Result<(), EventError> {
+    descriptor.map_or(Ok(()), |descriptor| check_kind(descriptor.as_fd()))
 }
 
 async fn relay_kicks(index: u8, source: Event, target: OwnedFd) {
@@ -235,13 +250,10 @@ async fn relay_kicks(index: u8, source: Event, target: OwnedFd) {
 
 async fn relay_outward(peer: PeerId, source: Event, target: Rc<RefCell<Target>>) {
     loop {
-        let relayed = match source.signalled().await {
-            Ok(_) => target.borrow_mut().deliver(),
-            Err(error) => Err(error),
-        };
-        if let Err(error) = relayed {
+        if let Err(error) = source.signalled().await {
             tracing::warn!(peer = peer.0, %error, "signals are no longer relayed");
             return;
         }
+        target.borrow_mut().deliver();
     }
 }
