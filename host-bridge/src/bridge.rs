@@ -8,6 +8,7 @@
 //!
 //! The bridge ends when it is told to (success), or when the appliance's VMM goes away or breaks the protocol (failure).
 
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -178,25 +179,40 @@ async fn serve_front_ends(front_ends: &mut FrontEnds, mut appliance: Appliance) 
     wait_ready(&appliance).await?;
     notify(&[NotifyState::Ready]);
     for number in 1_u32.. {
-        wait_ready(&appliance).await?;
-        notify(&[NotifyState::Status("ready for a front-end")]);
-        tracing::info!(next = number, "ready for a front-end");
-        let Some(stream) = front_ends.next().await? else { break };
+        let Some(stream) = next_front_end(number, front_ends, &appliance).await? else { break };
         serve_session(number, stream, front_ends, &mut appliance).await?;
     }
     Ok(())
 }
 
+/// Waits for the next front-end. It is taken on only while the appliance is ready; until then it waits in the socket.
+async fn next_front_end(
+    number: u32,
+    front_ends: &mut FrontEnds,
+    appliance: &Appliance,
+) -> anyhow::Result<Option<UnixStream>> {
+    loop {
+        wait_ready(appliance).await?;
+        notify(&[NotifyState::Status("ready for a front-end")]);
+        tracing::info!(next = number, "ready for a front-end");
+        tokio::select! {
+            biased;
+            unready = wait_unready(appliance) => unready?,
+            stream = front_ends.next() => return stream,
+        }
+        notify(&[NotifyState::Status("waiting for the appliance")]);
+        tracing::info!(next = number, "the appliance is not ready for a front-end");
+    }
+}
+
 async fn serve_session(
     number: u32,
-    stream: std::os::unix::net::UnixStream,
+    stream: UnixStream,
     front_ends: &mut FrontEnds,
     appliance: &mut Appliance,
 ) -> anyhow::Result<()> {
     tracing::info!(session = number, "front-end connected");
     notify(&[NotifyState::Status("front-end connected")]);
-    let losses = appliance.window.state().borrow().losses;
-    appliance.control.commands.connect(number).await?;
     let session = Session::new(number, MessageSocket::new(stream)?, appliance);
     let ended = tokio::select! {
         ended = session.run() => ended,
@@ -210,25 +226,20 @@ async fn serve_session(
             tracing::warn!(session = number, "session ended: {error:#}");
         }
     }
-    clear(number, appliance, losses).await
+    clear(number, appliance).await
 }
 
 /// Lets the appliance clear a session away, then undoes its mappings.
-async fn clear(number: u32, appliance: &mut Appliance, losses: u64) -> anyhow::Result<()> {
+async fn clear(number: u32, appliance: &mut Appliance) -> anyhow::Result<()> {
     appliance.doorbells.reset().context("eventfds of the session")?;
     appliance.control.commands.disconnect(number).await?;
     if tokio::time::timeout(CLEAR_TIMEOUT, wait_ready(appliance)).await.is_err() {
         let seconds = CLEAR_TIMEOUT.as_secs();
         return Err(ApplianceError::Timeout { what: "the end of a session", seconds }.into());
     }
-    if appliance.window.state().borrow().losses == losses {
-        for span in appliance.layout.spans() {
-            match appliance.window.unmap(span).await {
-                Ok(()) | Err(ApplianceError::Reset) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-    }
+    // Until now the back-end may have signalled.
+    appliance.doorbells.reset().context("eventfds of the session")?;
+    appliance.window.unmap_all().await?;
     appliance.layout.clear();
     Ok(())
 }
@@ -239,6 +250,16 @@ async fn wait_ready(appliance: &Appliance) -> Result<(), ApplianceError> {
     appliance.window.state().wait_for(|state| state.ready).await.map_err(gone)?;
     appliance.control.state().wait_for(|state| state.back_end_up).await.map_err(gone)?;
     Ok(())
+}
+
+/// Waits until one of the two is no longer so.
+async fn wait_unready(appliance: &Appliance) -> Result<(), ApplianceError> {
+    let gone = |_| ApplianceError::Gone { device: "control" };
+    let (mut window, mut control) = (appliance.window.state(), appliance.control.state());
+    tokio::select! {
+        state = window.wait_for(|state| !state.ready) => state.map(drop).map_err(gone),
+        state = control.wait_for(|state| !state.back_end_up) => state.map(drop).map_err(gone),
+    }
 }
 
 /// Tells whoever has started this process, by systemd's notification protocol. Without such a one nothing happens.

@@ -23,9 +23,9 @@ use vvu_socket::event::EventError;
 use vvu_socket::{MessageSocket, SocketError};
 
 use crate::appliance::control::{ControlPort, ControlState};
-use crate::appliance::window::WindowPort;
+use crate::appliance::window::{WindowPort, WindowState};
 use crate::appliance::{ApplianceError, file_identity};
-use crate::doorbells::{Doorbells, OutwardSignal};
+use crate::doorbells::{Doorbells, OutwardSignal, check_eventfd};
 use crate::{features, translate};
 
 /// How long the agent may take for an answer. GET_VRING_BASE waits for all requests in flight, on a disk that may be slow.
@@ -87,6 +87,9 @@ pub enum SessionError {
     /// The back-end in the appliance has gone.
     #[error("the back-end in the appliance went down")]
     BackEndDown,
+    /// The appliance has reset its window, and driver memory is gone from it.
+    #[error("the appliance has reset the window device")]
+    WindowLost,
     /// The appliance broke the protocol, or is gone.
     #[error("appliance")]
     Appliance(#[from] ApplianceError),
@@ -118,8 +121,7 @@ pub struct Session<'a> {
     number: u32,
     front_end: MessageSocket,
     appliance: &'a mut Appliance,
-    state: watch::Receiver<ControlState>,
-    downs: u64,
+    watch: ApplianceWatch,
     offered: Features,
     offered_protocol: ProtocolFeatures,
     protocol: ProtocolFeatures,
@@ -129,34 +131,32 @@ impl<'a> Session<'a> {
     /// A session of a front-end that has just connected. `number` is larger than that of every session before.
     #[must_use]
     pub fn new(number: u32, front_end: MessageSocket, appliance: &'a mut Appliance) -> Self {
-        let state = appliance.control.state();
-        let downs = state.borrow().downs;
+        let watch = ApplianceWatch::new(appliance);
         Self {
             number,
             front_end,
             appliance,
-            state,
-            downs,
+            watch,
             offered: Features::empty(),
             offered_protocol: ProtocolFeatures::empty(),
             protocol: ProtocolFeatures::empty(),
         }
     }
 
-    /// Serves the front-end until it closes its socket.
+    /// Shows the agent that the front-end is there, and serves it until it closes its socket.
     ///
     /// # Errors
     /// [`SessionError`] says what else ended the session.
     pub async fn run(mut self) -> Result<(), SessionError> {
+        self.appliance.control.commands.connect(self.number).await?;
         loop {
-            let downs = self.downs;
             tokio::select! {
                 message = self.front_end.recv() => match message? {
                     Some(message) => self.serve(message).await?,
                     None => return Ok(()),
                 },
                 frame = self.appliance.control.recv() => self.unasked(frame?).await?,
-                () = went_down(&mut self.state, downs) => return Err(SessionError::BackEndDown),
+                lost = self.watch.lost() => return Err(lost),
             }
         }
     }
@@ -257,6 +257,9 @@ impl<'a> Session<'a> {
 
     async fn set_kick(&mut self, file: VringFile<OwnedFd>) -> Result<Answer, SessionError> {
         let vector = self.appliance.doorbells.vector(file.index).ok_or(self.no_queue(file.index))?;
+        if outcome("SET_VRING_KICK", check_eventfd(file.descriptor.as_ref())) != 0 {
+            return Ok(Answer::Acknowledgement(REFUSED));
+        }
         let translated = translate::vring_file(&file, Handle::Vector(vector));
         let value = self.ask_acknowledgement(FrontEndRequest::SetVringKick(translated)).await?;
         if value == 0 {
@@ -328,7 +331,7 @@ impl<'a> Session<'a> {
                 file.try_clone().map_err(|source| ApplianceError::Io { what: "duplicate of a memory file", source })?;
             match self.appliance.window.map(span, file).await {
                 Ok(()) => {}
-                Err(ApplianceError::Reset) => return Err(SessionError::BackEndDown),
+                Err(ApplianceError::Reset) => return Err(SessionError::WindowLost),
                 Err(error @ ApplianceError::Refused { .. }) => return Ok(Err((index, error))),
                 Err(error) => return Err(error.into()),
             }
@@ -340,7 +343,7 @@ impl<'a> Session<'a> {
         for span in spans {
             match self.appliance.window.unmap(span).await {
                 Ok(()) => {}
-                Err(ApplianceError::Reset) => return Err(SessionError::BackEndDown),
+                Err(ApplianceError::Reset) => return Err(SessionError::WindowLost),
                 Err(error) => return Err(error.into()),
             }
         }
@@ -375,7 +378,6 @@ impl<'a> Session<'a> {
     }
 
     async fn answer(&mut self, code: u32) -> Result<FrontEndReply<Handle>, SessionError> {
-        let downs = self.downs;
         loop {
             tokio::select! {
                 // An answer that has come counts, even if the back-end went down right after it.
@@ -388,7 +390,7 @@ impl<'a> Session<'a> {
                     }
                     self.unasked(frame).await?;
                 }
-                () = went_down(&mut self.state, downs) => return Err(SessionError::BackEndDown),
+                lost = self.watch.lost() => return Err(lost),
             }
         }
     }
@@ -420,10 +422,31 @@ impl<'a> Session<'a> {
     }
 }
 
-/// Waits until the back-end has gone down more often than `downs` says.
-async fn went_down(state: &mut watch::Receiver<ControlState>, downs: u64) {
-    // The task that sends the state is gone: so is the back-end.
-    let _ = state.wait_for(|state| state.downs != downs).await;
+/// What a session cannot live without, since its beginning: the back-end and the mappings.
+#[derive(Debug)]
+struct ApplianceWatch {
+    control: watch::Receiver<ControlState>,
+    downs: u64,
+    window: watch::Receiver<WindowState>,
+    losses: u64,
+}
+
+impl ApplianceWatch {
+    fn new(appliance: &mut Appliance) -> Self {
+        let losses = appliance.window.begin();
+        let (control, window) = (appliance.control.state(), appliance.window.state());
+        let downs = control.borrow().downs;
+        Self { control, downs, window, losses }
+    }
+
+    /// Waits until one of them has gone, if only for a moment. May be cancelled.
+    async fn lost(&mut self) -> SessionError {
+        // If the task that sends a state is gone, so is what it stands for.
+        tokio::select! {
+            _ = self.control.wait_for(|state| state.downs != self.downs) => SessionError::BackEndDown,
+            _ = self.window.wait_for(|state| state.losses != self.losses) => SessionError::WindowLost,
+        }
+    }
 }
 
 fn check_offered(found: u64, offered: u64) -> Result<(), SessionError> {

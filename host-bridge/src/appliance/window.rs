@@ -50,13 +50,23 @@ enum Operation {
     Unmap(ShmemMap),
 }
 
+/// An operation of the session, which belongs to a time between two losses of all mappings.
+#[derive(Debug)]
+struct Ordered {
+    operation: Operation,
+    losses: u64,
+    completion: Completion,
+}
+
 type Completion = oneshot::Sender<Result<(), ApplianceError>>;
 
-/// How the session maps driver memory into the window.
+/// How the session maps driver memory into the window. It remembers what is mapped, so that nothing stays behind.
 #[derive(Debug)]
 pub struct WindowPort {
-    operations: mpsc::Sender<(Operation, Completion)>,
+    operations: mpsc::Sender<Ordered>,
     state: watch::Receiver<WindowState>,
+    mapped: Vec<Span>,
+    losses: u64,
 }
 
 impl WindowPort {
@@ -66,26 +76,53 @@ impl WindowPort {
         self.state.clone()
     }
 
+    /// A session begins, with nothing mapped. From the next loss of all mappings on, whatever it asks for fails with
+    /// [`ApplianceError::Reset`]. Answers how many losses there were so far.
+    pub fn begin(&mut self) -> u64 {
+        self.mapped.clear();
+        self.losses = self.state.borrow().losses;
+        self.losses
+    }
+
     /// Maps a span of `file`, writable, and waits until it is done.
     ///
     /// # Errors
     /// [`ApplianceError`] if the appliance refuses, resets, or does not answer in time.
-    pub async fn map(&self, span: &Span, file: OwnedFd) -> Result<(), ApplianceError> {
-        self.perform(Operation::Map(request(span), file)).await
+    pub async fn map(&mut self, span: &Span, file: OwnedFd) -> Result<(), ApplianceError> {
+        self.perform(Operation::Map(request(span), file)).await?;
+        self.mapped.push(*span);
+        Ok(())
     }
 
     /// Undoes [`WindowPort::map`].
     ///
     /// # Errors
     /// As [`WindowPort::map`].
-    pub async fn unmap(&self, span: &Span) -> Result<(), ApplianceError> {
-        self.perform(Operation::Unmap(request(span))).await
+    pub async fn unmap(&mut self, span: &Span) -> Result<(), ApplianceError> {
+        self.perform(Operation::Unmap(request(span))).await?;
+        self.mapped.retain(|mapped| mapped != span);
+        Ok(())
+    }
+
+    /// Undoes every [`WindowPort::map`] that was not undone or lost.
+    ///
+    /// # Errors
+    /// [`ApplianceError`] if the appliance refuses or does not answer in time.
+    pub async fn unmap_all(&mut self) -> Result<(), ApplianceError> {
+        for span in std::mem::take(&mut self.mapped) {
+            match self.perform(Operation::Unmap(request(&span))).await {
+                Ok(()) | Err(ApplianceError::Reset) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
     }
 
     async fn perform(&self, operation: Operation) -> Result<(), ApplianceError> {
         let (completion, done) = oneshot::channel();
         let gone = || ApplianceError::Gone { device: NAME };
-        self.operations.send((operation, completion)).await.map_err(|_| gone())?;
+        let ordered = Ordered { operation, losses: self.losses, completion };
+        self.operations.send(ordered).await.map_err(|_| gone())?;
         match tokio::time::timeout(MAP_TIMEOUT, done).await {
             Ok(Ok(result)) => result,
             Ok(Err(_)) => Err(gone()),
@@ -122,7 +159,7 @@ pub struct Window {
     device: GenericDevice,
     back_channel: Option<MessageSocket>,
     header: OwnedFd,
-    operations: mpsc::Receiver<(Operation, Completion)>,
+    operations: mpsc::Receiver<Ordered>,
     state: watch::Sender<WindowState>,
     pending: Option<Pending>,
     /// Answers that are still to come for operations that a reset has cut short.
@@ -154,7 +191,9 @@ impl Window {
             pending: None,
             stale_answers: 0,
         };
-        Ok((window, WindowPort { operations: operation_sender, state: state_receiver }))
+        let port =
+            WindowPort { operations: operation_sender, state: state_receiver, mapped: Vec::new(), losses: 0 };
+        Ok((window, port))
     }
 
     /// Serves until the appliance or the rest of the bridge is gone.
@@ -172,8 +211,8 @@ impl Window {
                     self.apply(effect).await?;
                 }
                 answer = answer(self.back_channel.as_mut()) => self.answered(answer?)?,
-                operation = self.operations.recv(), if idle => match operation {
-                    Some((operation, completion)) => self.start(operation, Some(completion)).await?,
+                ordered = self.operations.recv(), if idle => match ordered {
+                    Some(ordered) => self.execute(ordered).await?,
                     None => return Ok(()),
                 },
             }
@@ -228,9 +267,19 @@ impl Window {
         });
     }
 
+    async fn execute(&mut self, ordered: Ordered) -> Result<(), ApplianceError> {
+        let Ordered { operation, losses, completion } = ordered;
+        let state = *self.state.borrow();
+        if state.ready && state.losses == losses {
+            return self.start(operation, Some(completion)).await;
+        }
+        // Nobody waits any more if the session has ended.
+        let _ = completion.send(Err(ApplianceError::Reset));
+        Ok(())
+    }
+
     async fn start(&mut self, operation: Operation, completion: Option<Completion>) -> Result<(), ApplianceError> {
-        let ready = completion.is_none() || self.state.borrow().ready;
-        let Some(back_channel) = self.back_channel.as_ref().filter(|_| ready && self.device.is_running()) else {
+        let Some(back_channel) = self.back_channel.as_ref().filter(|_| self.device.is_running()) else {
             if let Some(completion) = completion {
                 let _ = completion.send(Err(ApplianceError::Reset));
             }
