@@ -1,0 +1,165 @@
+//! The bridge as a process: how it is started, told, watched and found ended.
+
+use std::ffi::{OsStr, OsString};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::{Arc, Mutex};
+
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::net::UnixDatagram;
+use tokio::process::{Child, Command};
+use tokio::task::JoinHandle;
+
+use super::{QUEUES, WINDOW_LEN, within};
+
+/// Identity of the device set in every scene.
+pub(crate) const UUID: &str = "6ba7b810-9dad-11d1-80b4-00c04fd430c8";
+
+/// How a bridge has ended.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    pub(crate) code: Option<i32>,
+    pub(crate) log: String,
+}
+
+impl Ended {
+    /// It failed, and its last line says why.
+    pub(crate) fn failed_with(&self, expected: &str) {
+        assert_eq!(self.code, Some(1), "exit code");
+        let last = self.log.lines().last().unwrap_or_default();
+        assert!(last.starts_with("vvu-bridge: "), "the last line is no error: {last}");
+        assert!(last.contains(expected), "\"{last}\" does not say \"{expected}\"");
+    }
+}
+
+/// A running bridge, and the directory with all its sockets.
+#[derive(Debug)]
+pub(crate) struct Bridge {
+    child: Child,
+    directory: TempDir,
+    notifications: UnixDatagram,
+    log: Arc<Mutex<String>>,
+    log_reader: JoinHandle<()>,
+}
+
+impl Bridge {
+    /// A bridge with [`QUEUES`] queues that listens at [`Bridge::front_end_path`].
+    pub(crate) async fn start() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("front-end.sock");
+        let mut bridge = Self::start_with(directory, &["--socket-path".as_ref(), path.as_os_str()]);
+        bridge.notified("X_VVU_LISTENING=1").await;
+        bridge
+    }
+
+    /// A bridge that takes its front-ends from where `front_ends` says.
+    pub(crate) fn start_with(directory: TempDir, front_ends: &[&OsStr]) -> Self {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vvu-bridge"));
+        command.args(front_ends).args(["--uuid", UUID]);
+        command.arg("--queues").arg(QUEUES.to_string()).arg("--window").arg(WINDOW_LEN.to_string());
+        command.arg("--appliance-dir").arg(directory.path());
+        Self::spawn(directory, command)
+    }
+
+    /// Runs `command` in place of the bridge's own command line.
+    pub(crate) fn spawn(directory: TempDir, mut command: Command) -> Self {
+        let notify_path = directory.path().join("notify.sock");
+        let notifications = UnixDatagram::bind(&notify_path).unwrap();
+        command.env("NOTIFY_SOCKET", &notify_path).env("RUST_LOG", "vvu_bridge=debug");
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
+        let mut child = command.spawn().unwrap();
+        let log = Arc::new(Mutex::new(String::new()));
+        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let log_reader = tokio::spawn({
+            let log = Arc::clone(&log);
+            async move {
+                while let Ok(Some(line)) = lines.next_line().await {
+                    eprintln!("{line}");
+                    *log.lock().unwrap() += &(line + "\n");
+                }
+            }
+        });
+        Self { child, directory, notifications, log, log_reader }
+    }
+
+    pub(crate) fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    pub(crate) fn front_end_path(&self) -> PathBuf {
+        self.directory.path().join("front-end.sock")
+    }
+
+    /// Waits until the bridge notifies its parent of exactly this line. Lines before it are gone then.
+    pub(crate) async fn notified(&mut self, line: &str) {
+        let mut buffer = [0; 4096];
+        within(&format!("the notification {line}"), async {
+            loop {
+                let len = self.notifications.recv(&mut buffer).await.unwrap();
+                if String::from_utf8_lossy(&buffer[..len]).lines().any(|found| found == line) {
+                    return;
+                }
+            }
+        })
+        .await;
+    }
+
+    /// Waits for its end.
+    pub(crate) async fn ended(mut self) -> Ended {
+        let status = within("the end of the bridge", self.child.wait()).await.unwrap();
+        within("the end of its log", self.log_reader).await.unwrap();
+        let log = self.log.lock().unwrap().clone();
+        Ended { code: status.code(), log }
+    }
+
+    /// Whether the log has this text so far.
+    pub(crate) fn logged(&self, text: &str) -> bool {
+        self.log.lock().unwrap().contains(text)
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_raw(i32::try_from(self.pid()).unwrap()).unwrap(), signal).unwrap();
+    }
+
+    fn pid(&self) -> u32 {
+        self.child.id().expect("the bridge has ended early")
+    }
+
+    /// How many descriptors it has open.
+    pub(crate) fn descriptor_count(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().count()
+    }
+
+    /// Device and inode of every file that it has mapped.
+    pub(crate) fn mapped_files(&self) -> Vec<(u64, u64)> {
+        let maps = std::fs::read_to_string(format!("/proc/{}/maps", self.pid())).unwrap();
+        maps.lines().map(mapped_file).collect()
+    }
+
+    /// Names in its directory, sorted.
+    pub(crate) fn files(directory: &Path) -> Vec<OsString> {
+        let mut names: Vec<_> =
+            std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        names
+    }
+
+    /// Gives up the process and keeps the directory.
+    pub(crate) async fn ended_with_directory(self) -> (Ended, TempDir) {
+        let Self { mut child, directory, log, log_reader, .. } = self;
+        let status = within("the end of the bridge", child.wait()).await.unwrap();
+        within("the end of its log", log_reader).await.unwrap();
+        let log = log.lock().unwrap().clone();
+        (Ended { code: status.code(), log }, directory)
+    }
+}
+
+/// A line of /proc/PID/maps (proc_pid_maps(5)): address, perms, offset, major:minor of the device, inode, path.
+fn mapped_file(line: &str) -> (u64, u64) {
+    let fields: Vec<&str> = line.split_whitespace().collect();
+    let (major, minor) = fields[3].split_once(':').unwrap();
+    let number = |hex: &str| u32::from_str_radix(hex, 16).unwrap();
+    (rustix::fs::makedev(number(major), number(minor)), fields[4].parse().unwrap())
+}

@@ -1,0 +1,274 @@
+//! Beginning and end of sessions, as the status field shows them.
+
+use std::time::Duration;
+
+use vvu_protocol::control::{Channel, Frame, Status};
+use vvu_protocol::doorbell::PeerId;
+use vvu_protocol::message::{BackEndReply, BackEndRequest, FrontEndReply, FrontEndRequest, RawMessage};
+use vvu_socket::event;
+
+use crate::scripted::front_end::{DriverMemory, vring_file};
+use crate::scripted::{Scene, exchange, told, within};
+
+use FrontEndRequest as R;
+
+const GET_FEATURES: u32 = 1;
+const SET_OWNER: u32 = 3;
+
+/// The front-end goes: the agent is told, and driver memory stays mapped until nobody in the appliance uses it any more. A
+/// front-end that comes meanwhile waits, and gets the next session.
+#[tokio::test]
+async fn a_session_is_cleared_away_before_the_next_begins() {
+    let (mut scene, mut first) = Scene::connected().await;
+    let memory = DriverMemory::new(8 << 20);
+    told(&mut first, &mut scene.agent, memory.pc_table()).await;
+    scene.journal.take();
+
+    drop(first);
+    let config = scene.agent.sees_end().await;
+    assert_eq!((config.status, config.session), (Status::empty(), 1));
+    let mut second = scene.new_front_end();
+    second.send(R::GetFeatures, false).await;
+    scene.vmm.fence().await;
+    assert_eq!(scene.vmm.driver_mappings().len(), 1, "driver memory was unmapped while the back-end may use it");
+    assert_eq!(scene.agent.config().await.status, Status::empty());
+    assert!(!scene.agent.has_frame(), "a session began before the last one was cleared away");
+
+    scene.agent.set_status(Status::BACK_END_UP).await;
+    let config = scene.agent.sees_front_end().await;
+    assert_eq!((config.status, config.session), (Status::BACK_END_UP | Status::FRONT_END_UP, 2));
+    assert_eq!(scene.vmm.driver_mappings(), [], "driver memory of the first session is in the second");
+    assert_eq!(scene.agent.request().await, R::GetFeatures);
+    scene.agent.answer(FrontEndReply::Number(0)).await;
+    second.reply(GET_FEATURES).await;
+}
+
+/// While one front-end has the device, others are turned away, and the one does not notice.
+#[tokio::test]
+async fn a_second_front_end_is_turned_away() {
+    let (mut scene, mut first) = Scene::connected().await;
+    for _ in 0..3 {
+        scene.new_front_end().sees_end().await;
+    }
+    told(&mut first, &mut scene.agent, R::SetOwner).await;
+    scene.end_session(first).await;
+    scene.proves_alive().await;
+}
+
+/// The back-end dies with a request under way: its front-end is disconnected, and can connect again when there is a
+/// back-end.
+#[tokio::test]
+async fn a_back_end_that_dies_in_a_request_ends_the_session() {
+    let (mut scene, mut front_end) = Scene::connected().await;
+    front_end.send(R::SetOwner, true).await;
+    scene.agent.request().await;
+    scene.agent.set_status(Status::FRONT_END_UP).await;
+    front_end.sees_end().await;
+    scene.clear_away().await;
+    scene.proves_alive().await;
+}
+
+/// The same between two requests.
+#[tokio::test]
+async fn a_back_end_that_dies_between_requests_ends_the_session() {
+    let (mut scene, mut front_end) = Scene::connected().await;
+    scene.agent.set_status(Status::empty()).await;
+    front_end.sees_end().await;
+    scene.clear_away().await;
+    scene.proves_alive().await;
+}
+
+/// The back-end dies while there is no front-end: the next front-end waits until there is a back-end again.
+#[tokio::test]
+async fn a_front_end_waits_for_a_back_end() {
+    let mut scene = Scene::ready().await;
+    scene.agent.set_status(Status::empty()).await;
+    let mut front_end = scene.new_front_end();
+    front_end.send(R::GetFeatures, false).await;
+    scene.vmm.fence().await;
+    assert_eq!(scene.agent.config().await.status, Status::empty(), "a front-end was taken on without a back-end");
+    scene.agent.set_status(Status::BACK_END_UP).await;
+    let config = scene.agent.sees_front_end().await;
+    assert_eq!((config.status, config.session), (Status::BACK_END_UP | Status::FRONT_END_UP, 1));
+    assert_eq!(scene.agent.request().await, R::GetFeatures);
+    scene.agent.answer(FrontEndReply::Number(0)).await;
+    front_end.reply(GET_FEATURES).await;
+}
+
+/// The appliance is reset in the middle of a request: all its mappings are gone. The front-end is disconnected; after the
+/// boot the header is there again and the next session works, whichever device is reset first.
+#[tokio::test]
+async fn the_appliance_may_be_reset() {
+    let (mut scene, mut front_end) = Scene::connected().await;
+    for window_first in [false, true] {
+        let memory = DriverMemory::new(8 << 20);
+        told(&mut front_end, &mut scene.agent, memory.pc_table()).await;
+        front_end.send(R::SetOwner, true).await;
+        scene.agent.request().await;
+        if window_first {
+            scene.vmm.reset_window().await;
+        }
+        scene.vmm.control.stop().await;
+        if !window_first {
+            scene.vmm.reset_window().await;
+        }
+        front_end.sees_end().await;
+        scene.journal.take();
+        scene.reboot_agent().await;
+        scene.vmm.start_window().await;
+        scene.agent.sees(|config| config.window_len != 0, "the window's header").await;
+        let config = scene.agent.config().await;
+        assert_eq!((config.status, config.session), (Status::empty(), scene.agent.session));
+        assert!(scene.vmm.header().is_some(), "the header is mapped again");
+        scene.agent.set_status(Status::BACK_END_UP).await;
+        scene.bridge.notified("STATUS=ready for a front-end").await;
+        assert!(!scene.journal.take().contains(&"SHMEM_UNMAP asked".to_owned()), "unmapped what was not mapped");
+        front_end = scene.connect_front_end().await;
+    }
+    scene.end_session(front_end).await;
+    scene.proves_alive().await;
+}
+
+/// The window device alone is reset, by its driver: driver memory is gone from the window, and so is the session.
+#[tokio::test]
+async fn a_session_does_not_outlive_its_mappings() {
+    let (mut scene, mut front_end) = Scene::connected().await;
+    let memory = DriverMemory::new(8 << 20);
+    told(&mut front_end, &mut scene.agent, memory.pc_table()).await;
+    scene.vmm.reset_window().await;
+    front_end.sees_end().await;
+    assert_eq!(scene.agent.sees_end().await.window_len, 0);
+    scene.vmm.start_window().await;
+    scene.agent.sees(|config| config.window_len != 0, "the window's header").await;
+    scene.agent.set_status(Status::BACK_END_UP).await;
+    scene.bridge.notified("STATUS=ready for a front-end").await;
+    scene.proves_alive().await;
+}
+
+/// The window device is reset while nobody is connected: no front-end is taken on without a window.
+#[tokio::test]
+async fn a_front_end_waits_for_the_window() {
+    let mut scene = Scene::ready().await;
+    scene.vmm.reset_window().await;
+    let front_end = scene.new_front_end();
+    scene.vmm.fence().await;
+    assert_eq!(scene.agent.config().await.status, Status::BACK_END_UP, "a front-end was taken on without a window");
+    scene.vmm.start_window().await;
+    scene.agent.sees_front_end().await;
+    scene.end_session(front_end).await;
+}
+
+/// What belongs to another session is dropped: it neither answers a request of this one nor ends it.
+#[tokio::test]
+async fn frames_of_another_session_are_ignored() {
+    let (mut scene, mut first) = Scene::connected().await;
+    first.send(R::SetOwner, true).await;
+    scene.agent.request().await;
+    drop(first);
+    // The bridge still waits for the answer; the session ends with it.
+    scene.agent.answer(FrontEndReply::Acknowledgement(0)).await;
+    scene.clear_away().await;
+
+    let mut second = scene.connect_front_end().await;
+    let stale = |session, value| {
+        let message = FrontEndReply::Acknowledgement(value).encode(SET_OWNER);
+        Frame { channel: Channel::FrontEnd, session, message }
+    };
+    scene.agent.send(&stale(1, 0)).await;
+    second.send(R::SetOwner, true).await;
+    scene.agent.request().await;
+    for session in [1, 3, 0, u32::MAX] {
+        scene.agent.send(&stale(session, 7)).await;
+    }
+    scene.agent.answer(FrontEndReply::Acknowledgement(0)).await;
+    assert_eq!(second.acknowledgement(SET_OWNER).await, 0);
+    scene.end_session(second).await;
+
+    // Also when there is no session at all, and more than there is room for.
+    for session in 0..20 {
+        let frame = stale(session % 3, 0).encode().unwrap();
+        scene.agent.post(&frame);
+    }
+    scene.proves_alive().await;
+}
+
+/// A request of the back-end, which the front-end was not offered, is refused by the bridge and not passed on.
+#[tokio::test]
+async fn requests_of_the_back_end_are_refused() {
+    let (mut scene, mut front_end) = Scene::connected().await;
+    let message = BackEndRequest::ConfigChange.encode(true);
+    let frame = Frame { channel: Channel::BackEnd, session: scene.agent.session, message };
+    scene.agent.send(&frame).await;
+    let answer = scene.agent.frame().await;
+    assert_eq!((answer.channel, answer.session), (Channel::BackEnd, frame.session));
+    let code = frame.message.header.request;
+    assert_ne!(BackEndReply::decode(code, answer.message).unwrap(), BackEndReply::Acknowledgement(0));
+
+    // In the middle of a request of the front-end, too.
+    front_end.send(R::SetOwner, true).await;
+    scene.agent.request().await;
+    scene.agent.send(&frame).await;
+    assert_eq!(scene.agent.frame().await.channel, Channel::BackEnd);
+    scene.agent.answer(FrontEndReply::Acknowledgement(0)).await;
+    assert_eq!(front_end.acknowledgement(SET_OWNER).await, 0);
+}
+
+/// The agent owns one bit of the configuration space; everything else it writes is ignored.
+#[tokio::test]
+async fn the_agent_writes_one_bit_of_the_configuration_space() {
+    let scene = Scene::ready().await;
+    let before = scene.agent.config().await;
+    for (offset, len) in [(4, 4), (8, 16), (36, 4), (40, 8), (0, 1), (0, 8), (2, 4), (60, 4), (0, 64)] {
+        scene.vmm.control.write_config(offset, vec![0xff; len]).await;
+        assert_eq!(scene.agent.config().await, before, "{len} bytes at {offset}");
+    }
+    scene.agent.set_status(Status::from_bits_retain(u32::MAX)).await;
+    assert_eq!(scene.agent.config().await, before);
+}
+
+/// A call of the back-end that comes after the end of its session is not the next front-end's.
+#[tokio::test]
+async fn a_late_call_is_not_the_next_front_ends() {
+    let (mut scene, mut front_end) = Scene::connected().await;
+    let call = event::create().unwrap();
+    told(&mut front_end, &mut scene.agent, R::SetVringCall(vring_file(0, Some(&call)))).await;
+    drop(front_end);
+    scene.agent.sees_end().await;
+    scene.vmm.doorbell.ring(PeerId(1));
+    scene.vmm.fence().await;
+    scene.agent.set_status(Status::BACK_END_UP).await;
+    scene.bridge.notified("STATUS=ready for a front-end").await;
+
+    let mut next = scene.connect_front_end().await;
+    let call = event::create().unwrap();
+    told(&mut next, &mut scene.agent, R::SetVringCall(vring_file(0, Some(&call)))).await;
+    assert_eq!(event::take(&call).unwrap(), None);
+}
+
+/// An agent that does not clear a session away is given up after 30 seconds, and the bridge with it.
+#[tokio::test]
+async fn an_appliance_that_keeps_a_session_is_given_up() {
+    let (scene, front_end) = Scene::connected().await;
+    drop(front_end);
+    scene.agent.sees_end().await;
+    let Scene { bridge, vmm: _vmm, agent: _agent, .. } = scene;
+    // A little less than the limit: until then the agent may still do it.
+    tokio::time::sleep(Duration::from_secs(28)).await;
+    assert!(!bridge.logged("vvu-bridge: "), "given up too early");
+    within("the bridge to give the appliance up", bridge.ended()).await.failed_with("the end of a session within 30 s");
+}
+
+/// A request of which the front-end has sent half is not lost, and not taken for a whole one.
+#[tokio::test]
+async fn a_request_may_come_in_pieces() {
+    let (mut scene, mut front_end) = Scene::connected().await;
+    let bytes = RawMessage::<std::os::fd::OwnedFd>::request(SET_OWNER, true, vec![], vec![]).to_bytes();
+    for piece in bytes.chunks(5) {
+        assert!(!scene.agent.has_frame());
+        front_end.send_raw(piece, &[]);
+        scene.vmm.fence().await;
+    }
+    assert_eq!(scene.agent.obliges().await, R::SetOwner);
+    assert_eq!(front_end.acknowledgement(SET_OWNER).await, 0);
+    exchange(&mut front_end, &mut scene.agent, R::GetFeatures, FrontEndReply::Number(0)).await;
+}
