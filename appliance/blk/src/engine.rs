@@ -1,8 +1,8 @@
 //! One io_uring for one ring: the requests' I/O, the kick and the call go through it, so its thread waits in one place.
 //!
 //! # Theory of operation
-//! A request is known by the head of its chain, and has at most one operation at the kernel. [`Engine::map_segments`] and
-//! its kin say which memory the operation of a head works on; [`Engine::transfer`] starts it; [`Engine::wait`] and
+//! A request is known by the head of its chain, and has at most one operation at the kernel. [`Engine::idle_transfer`] lets
+//! the caller say which memory the operation of a head works on; [`Engine::transfer`] starts it; [`Engine::wait`] and
 //! [`Engine::next_completion`] tell the outcome. A transfer that comes back short is continued here, so a completion is
 //! all or an error.
 //!
@@ -29,16 +29,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use io_uring::squeue::Flags;
 use io_uring::types::{CancelBuilder, Fd, Fixed, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
-use vm_memory::{GuestMemory, GuestMemoryError, Permissions};
 
-use crate::DriverMemory;
 use crate::aligned_buffer::AlignedBuffer;
-use crate::chain::Segment;
-use crate::image::{Alignment, Image};
-
-/// Most pieces of memory in one transfer; readv(2) takes 1024. More than seg_max, because a segment that spans memory
-/// regions has a piece in each.
-const MAX_PIECES: usize = 256;
+use crate::image::Image;
+use crate::transfer::{Direction, Transfer};
 
 /// Operations beside those of requests, with reserve: for each watched event two and two cancellations, two signals, a
 /// last cancellation and a no-operation.
@@ -64,24 +58,6 @@ pub(crate) enum EngineError {
     Full,
     #[error("head {head} has no idle transfer")]
     Busy { head: u16 },
-}
-
-/// Why memory cannot be mapped for a transfer.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum MapError {
-    #[error(transparent)]
-    Engine(#[from] EngineError),
-    #[error("driver memory is gone")]
-    Memory(#[from] GuestMemoryError),
-    #[error("request has more than {MAX_PIECES} pieces of memory")]
-    TooManyPieces,
-}
-
-/// Direction as the image sees it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Direction {
-    Read,
-    Write,
 }
 
 /// An event that the engine watches: one read of its eventfd is always pending.
@@ -111,53 +87,6 @@ pub(crate) enum Completion {
     Event(Watch),
     /// An event cannot be watched any more.
     WatchFailed(Watch, io::Error),
-}
-
-/// Memory and progress of the operation of one head.
-#[derive(Default)]
-struct Transfer {
-    busy: bool,
-    direction: Option<Direction>,
-    /// Image offset of the first byte.
-    offset: u64,
-    transferred: u64,
-    pieces: Vec<libc::iovec>,
-    /// Pieces before this one are done.
-    next: usize,
-    /// Keeps the pieces' memory mapped.
-    memory: Option<Arc<DriverMemory>>,
-    /// Is the pieces' memory.
-    buffer: Option<AlignedBuffer>,
-}
-
-impl Transfer {
-    fn reset(&mut self) {
-        self.pieces.clear();
-        self.next = 0;
-        self.transferred = 0;
-        self.direction = None;
-        self.memory = None;
-        self.buffer = None;
-    }
-
-    /// Moves the start of the pieces forward by `bytes`.
-    fn advance(&mut self, mut bytes: usize) {
-        self.transferred += bytes as u64;
-        while let Some(piece) = self.pieces.get_mut(self.next) {
-            if bytes < piece.iov_len {
-                // Stays inside of the piece. Only the kernel ever dereferences the pointer.
-                piece.iov_base = piece.iov_base.wrapping_byte_add(bytes);
-                piece.iov_len -= bytes;
-                return;
-            }
-            bytes -= piece.iov_len;
-            self.next += 1;
-        }
-    }
-
-    fn is_done(&self) -> bool {
-        self.next >= self.pieces.len()
-    }
 }
 
 /// A watched event.
@@ -235,95 +164,33 @@ impl Engine {
         Self::new(image, 1).map(drop)
     }
 
-    /// The transfer of `head` is to work on driver memory, in place.
-    pub(crate) fn map_segments(
-        &mut self,
-        head: u16,
-        memory: &Arc<DriverMemory>,
-        segments: &[Segment],
-    ) -> Result<(), MapError> {
-        let transfer = self.idle(head)?;
-        transfer.reset();
-        for segment in segments {
-            for slice in memory.get_slices(segment.address, segment.len as usize, Permissions::ReadWrite)? {
-                let slice = slice?;
-                if transfer.pieces.len() == MAX_PIECES {
-                    return Err(MapError::TooManyPieces);
-                }
-                let iov_base = slice.ptr_guard_mut().as_ptr().cast();
-                transfer.pieces.push(libc::iovec { iov_base, iov_len: slice.len() });
-            }
-        }
-        transfer.memory = Some(Arc::clone(memory));
-        Ok(())
-    }
-
-    /// The transfer of `head` is to work on the first `len` bytes of a buffer.
-    pub(crate) fn map_buffer(&mut self, head: u16, mut buffer: AlignedBuffer, len: usize) -> Result<(), EngineError> {
-        let transfer = self.idle(head)?;
-        transfer.reset();
-        let bytes = buffer.bytes_mut();
-        let iov_len = len.min(bytes.len());
-        transfer.pieces.push(libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len });
-        transfer.buffer = Some(buffer);
-        Ok(())
-    }
-
-    /// The transfer of `head` is to write zeroes. Returns how many bytes, at most `len`.
-    pub(crate) fn map_zeroes(&mut self, head: u16, len: u64) -> Result<u64, EngineError> {
-        let iov_base = self.zeroes.bytes().as_ptr().cast_mut().cast();
-        let transfer = self.idle(head)?;
-        transfer.reset();
-        let mut left = len;
-        while left > 0 && transfer.pieces.len() < MAX_PIECES {
-            let iov_len = usize::try_from(left).map_or(ZEROES_LEN, |left| left.min(ZEROES_LEN));
-            transfer.pieces.push(libc::iovec { iov_base, iov_len });
-            left -= iov_len as u64;
-        }
-        Ok(len - left)
-    }
-
-    /// Whether direct I/O can work on what was mapped for `head` by [`Engine::map_segments`].
-    pub(crate) fn is_aligned(&self, head: u16, alignment: Alignment) -> bool {
-        self.transfers.get(usize::from(head)).is_some_and(|transfer| {
-            transfer.pieces.iter().all(|piece| {
-                piece.iov_base.addr().is_multiple_of(alignment.memory as usize)
-                    && piece.iov_len.is_multiple_of(alignment.offset as usize)
-            })
-        })
-    }
-
-    /// Gives the buffer of [`Engine::map_buffer`] back, once the operation has completed.
-    pub(crate) fn take_buffer(&mut self, head: u16) -> Option<AlignedBuffer> {
-        self.idle(head).ok()?.buffer.take()
-    }
-
-    /// Lets go of the memory that was mapped for `head`, once the operation has completed.
-    pub(crate) fn unmap(&mut self, head: u16) {
-        if let Ok(transfer) = self.idle(head) {
-            transfer.reset();
-        }
-    }
-
-    fn idle(&mut self, head: u16) -> Result<&mut Transfer, EngineError> {
+    /// The transfer of `head`, to say which memory the next operation works on; only while the kernel has none.
+    pub(crate) fn idle_transfer(&mut self, head: u16) -> Result<&mut Transfer, EngineError> {
         match self.transfers.get_mut(usize::from(head)) {
             Some(transfer) if !transfer.busy => Ok(transfer),
             _ => Err(EngineError::Busy { head }),
         }
     }
 
+    /// The transfer of `head` is to write zeroes. Returns how many bytes, at most `len`.
+    pub(crate) fn map_zeroes(&mut self, head: u16, len: u64) -> Result<u64, EngineError> {
+        match self.transfers.get_mut(usize::from(head)) {
+            Some(transfer) if !transfer.busy => Ok(transfer.map_repeated(self.zeroes.bytes(), len)),
+            _ => Err(EngineError::Busy { head }),
+        }
+    }
+
     /// Starts to move all that was mapped for `head` from or to `offset` of the image.
     pub(crate) fn transfer(&mut self, head: u16, direction: Direction, offset: u64) -> Result<(), EngineError> {
-        let transfer = self.idle(head)?;
+        let transfer = self.idle_transfer(head)?;
         transfer.direction = Some(direction);
         transfer.offset = offset;
         self.start_transfer(head)
     }
 
     fn start_transfer(&mut self, head: u16) -> Result<(), EngineError> {
-        let transfer = self.idle(head)?;
-        let pieces = transfer.pieces.get(transfer.next..).unwrap_or_default();
-        let offset = transfer.offset.saturating_add(transfer.transferred);
+        let transfer = self.idle_transfer(head)?;
+        let (pieces, offset) = (transfer.pieces(), transfer.position());
         let count = u32::try_from(pieces.len()).unwrap_or(0);
         let entry = match transfer.direction {
             Some(Direction::Write) => opcode::Writev::new(IMAGE, pieces.as_ptr(), count).offset(offset).build(),
@@ -334,19 +201,19 @@ impl Engine {
 
     /// Starts to make durable what was written before (fdatasync).
     pub(crate) fn sync(&mut self, head: u16) -> Result<(), EngineError> {
-        self.idle(head)?.reset();
+        self.idle_transfer(head)?.reset();
         self.start(head, opcode::Fsync::new(IMAGE).flags(FsyncFlags::DATASYNC).build())
     }
 
     /// Starts fallocate(2) with `mode` on a range of the image.
     pub(crate) fn fallocate(&mut self, head: u16, mode: i32, offset: u64, len: u64) -> Result<(), EngineError> {
-        self.idle(head)?.reset();
+        self.idle_transfer(head)?.reset();
         self.start(head, opcode::Fallocate::new(IMAGE, len).offset(offset).mode(mode).build())
     }
 
     fn start(&mut self, head: u16, entry: squeue::Entry) -> Result<(), EngineError> {
         // Before the push: from now on nothing touches what the entry points at.
-        self.idle(head)?.busy = true;
+        self.idle_transfer(head)?.busy = true;
         self.push(entry.user_data(u64::from(head)))
     }
 
@@ -495,7 +362,7 @@ impl Engine {
                 }
             }
         };
-        let transferred = self.transfers.get(usize::from(head)).map_or(0, |transfer| transfer.transferred);
+        let transferred = self.transfers.get(usize::from(head)).map_or(0, Transfer::transferred);
         Ok(Some(Completion::Request { head, transferred, result }))
     }
 

@@ -9,7 +9,7 @@
 //!
 //! # Map
 //! - pure: `config_space`, `chain`, `request`, `driver_data`, `bounce`
-//! - unsafe: `engine` (io_uring), `descriptors`, `signals`
+//! - unsafe: `engine` (io_uring, with `transfer`), `descriptors`, `signals`
 //! - one queue: `vring` (start and stop), `ring` (the split ring), `worker` (its thread), `execution` (its requests)
 //! - the device: `device`, `image`, `write_gate`, `counters`
 //! - the program: `cli`, `daemon`, `listener`, `backend` (one connection)
@@ -33,6 +33,7 @@ mod log_limit;
 mod request;
 mod ring;
 mod signals;
+mod transfer;
 mod vring;
 mod wakeup;
 mod worker;

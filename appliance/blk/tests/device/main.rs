@@ -2,6 +2,14 @@
 //! and a driver that builds its rings descriptor by descriptor. Content is compared with the image file itself, and with
 //! what qemu-io reads from it where that is installed.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::cast_possible_truncation,
+    reason = "a test that meets the unexpected is to fail right there, helpers included; numbers are the test's own"
+)]
+
 mod driver;
 mod hostile;
 mod lifecycle;

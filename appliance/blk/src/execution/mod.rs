@@ -10,23 +10,29 @@
 //! through the [`WriteGate`](crate::write_gate::WriteGate). If it cannot have both at once it takes neither and waits in
 //! line, so none waits for another that waits.
 
+mod bouncing;
+mod ranges;
+mod slot;
+
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
-use libc::{FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE};
+use libc::{FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE};
 use vm_memory::{Bytes, GuestAddress};
 
+use self::ranges::is_unsupported;
+use self::slot::{Needs, Slot, Stage};
 use crate::DriverMemory;
-use crate::aligned_buffer::AlignedBuffer;
-use crate::bounce::{BufferPool, Window};
+use crate::bounce::BufferPool;
 use crate::chain::{Segment, total_len};
 use crate::counters::QueueCounters;
 use crate::device::Device;
-use crate::driver_data::{copy_from_driver, copy_to_driver};
-use crate::engine::{Direction, Engine, EngineError, MapError};
+use crate::driver_data::copy_to_driver;
+use crate::engine::{Engine, EngineError};
 use crate::request::{ByteRange, DiskRules, Plan, Request, RequestKind, Status};
+use crate::transfer::{Direction, MapError};
 use crate::wakeup::Wakeup;
 use crate::write_gate::Passage;
 
@@ -35,63 +41,6 @@ use crate::write_gate::Passage;
 pub(crate) struct Finished {
     pub(crate) head: u16,
     pub(crate) written_len: u32,
-}
-
-/// The operation that a request waits for.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-enum Stage {
-    /// None: the slot is free, or its request is in line.
-    #[default]
-    Idle,
-    /// Data straight between image and driver memory.
-    InPlace(Direction),
-    /// The window is read for the driver.
-    BounceRead(Window),
-    /// The window's blocks are read, to be overlaid.
-    BounceFill(Window),
-    /// The window is written.
-    BounceWrite(Window),
-    /// fallocate(2) with this mode on the current range.
-    Fallocate(i32),
-    /// This many zeroes are written.
-    WriteZeroes(u64),
-    /// The last step of a flush, and of a write that must be durable.
-    Sync,
-}
-
-/// What a request must have before its data can move.
-#[derive(Debug, Clone, Copy, Default)]
-struct Needs {
-    buffer: bool,
-    passage: Option<Passage>,
-}
-
-/// One request. The vectors keep their memory from one request to the next.
-#[derive(Default)]
-struct Slot {
-    request: Option<Request>,
-    memory: Option<Arc<DriverMemory>>,
-    data: Vec<Segment>,
-    stage: Stage,
-    needs: Needs,
-    passage: Option<Passage>,
-    buffer: Option<AlignedBuffer>,
-    /// What is to be done: one range for a transfer, several for DISCARD and WRITE_ZEROES.
-    ranges: Vec<ByteRange>,
-    /// The current range.
-    range: usize,
-    /// Bytes of the current range that are done.
-    done: u64,
-}
-
-impl Slot {
-    fn range(&self) -> Option<ByteRange> {
-        self.ranges.get(self.range).copied()
-    }
-
-    fn kind(&self) -> Option<RequestKind> {
-        self.request.map(|request| request.kind)
-    }
 }
 
 /// See the module's text.
@@ -198,13 +147,12 @@ impl<'a> Executor<'a> {
         let Some(slot) = self.slots.get_mut(usize::from(head)) else { return Err(EngineError::Busy { head }) };
         slot.ranges.push(range);
         let Some(memory) = &slot.memory else { return Err(EngineError::Busy { head }) };
-        let mapped = self.engine.map_segments(head, memory, &slot.data);
+        let transfer = self.engine.idle_transfer(head)?;
         let alignment = self.device.image.alignment();
         let aligned = is_aligned(&range, alignment.offset);
-        let in_place = match mapped {
-            Ok(()) => !self.device.image.direct() || (aligned && self.engine.is_aligned(head, alignment)),
+        let in_place = match transfer.map_segments(memory, &slot.data) {
+            Ok(()) => !self.device.image.direct() || (aligned && transfer.is_aligned(alignment)),
             Err(MapError::TooManyPieces) => false,
-            Err(MapError::Engine(error)) => return Err(error),
             Err(error @ MapError::Memory(_)) => return self.fail(head, &io::Error::other(error)),
         };
         let slot = self.slot(head)?;
@@ -214,25 +162,6 @@ impl<'a> Executor<'a> {
             Direction::Write if aligned => Some(Passage::Shared),
             Direction::Write => Some(Passage::Exclusive),
         };
-        self.enter_line(head)
-    }
-
-    fn start_ranges(&mut self, head: u16) -> Result<(), EngineError> {
-        let rules = self.rules;
-        let alignment = self.device.image.alignment().offset;
-        let slot = self.slot(head)?;
-        let (Some(memory), Some(kind)) = (&slot.memory, slot.kind()) else { return Err(EngineError::Busy { head }) };
-        // Copied once; the plan has bounded the length.
-        let mut payload = vec![0; usize::try_from(total_len(&slot.data)).unwrap_or(0)];
-        if copy_from_driver(memory.as_ref(), &slot.data, 0, &mut payload).is_err() {
-            return self.finish(head, Status::IoError);
-        }
-        if let Err(status) = rules.parse_ranges(kind, &payload, &mut slot.ranges) {
-            return self.finish(head, status);
-        }
-        let whole_blocks = kind == RequestKind::Discard || slot.ranges.iter().all(|range| is_aligned(range, alignment));
-        slot.needs.buffer = !whole_blocks;
-        slot.needs.passage = Some(if whole_blocks { Passage::Shared } else { Passage::Exclusive });
         self.enter_line(head)
     }
 
@@ -309,76 +238,6 @@ impl<'a> Executor<'a> {
         }
     }
 
-    /// Deallocates the whole blocks in the range; DISCARD promises nothing about the rest.
-    fn run_discard(&mut self, head: u16, range: &ByteRange) -> Result<(), EngineError> {
-        let alignment = u64::from(self.device.image.alignment().offset);
-        let start = range.offset.next_multiple_of(alignment);
-        let end = range.offset + range.len;
-        let end = end - end % alignment;
-        if start >= end {
-            return self.next_range(head);
-        }
-        self.run_fallocate(head, FALLOC_FL_PUNCH_HOLE, start, end - start)
-    }
-
-    fn run_fallocate(&mut self, head: u16, mode: i32, offset: u64, len: u64) -> Result<(), EngineError> {
-        self.slot(head)?.stage = Stage::Fallocate(mode);
-        self.engine.fallocate(head, mode | FALLOC_FL_KEEP_SIZE, offset, len)
-    }
-
-    fn run_write_zeroes(&mut self, head: u16, range: &ByteRange) -> Result<(), EngineError> {
-        let done = self.slot(head)?.done;
-        let len = self.engine.map_zeroes(head, range.len - done)?;
-        self.slot(head)?.stage = Stage::WriteZeroes(len);
-        self.engine.transfer(head, Direction::Write, range.offset + done)
-    }
-
-    fn run_bounce(&mut self, head: u16, direction: Direction, range: &ByteRange) -> Result<(), EngineError> {
-        let alignment = self.device.image.alignment().offset;
-        let slot = self.slot(head)?;
-        if slot.done == range.len {
-            return self.next_range(head);
-        }
-        let window = Window::first_of(range.offset + slot.done, range.len - slot.done, alignment);
-        let Some(buffer) = slot.buffer.take() else { return Err(EngineError::Busy { head }) };
-        match direction {
-            Direction::Read => self.bounce(head, buffer, Stage::BounceRead(window)),
-            Direction::Write if window.is_whole() => self.write_window(head, buffer, window),
-            Direction::Write => self.bounce(head, buffer, Stage::BounceFill(window)),
-        }
-    }
-
-    /// Puts the data of the window into the buffer and writes it.
-    fn write_window(&mut self, head: u16, mut buffer: AlignedBuffer, window: Window) -> Result<(), EngineError> {
-        let slot = self.slot(head)?;
-        let target = buffer.bytes_mut().get_mut(window.data()).unwrap_or_default();
-        let copied = match &slot.memory {
-            Some(memory) if slot.kind() == Some(RequestKind::Write) => {
-                copy_from_driver(memory.as_ref(), &slot.data, slot.done, target)
-            }
-            _ => {
-                target.fill(0);
-                Ok(())
-            }
-        };
-        if let Err(error) = copied {
-            self.buffers.give_back(buffer);
-            return self.fail(head, &io::Error::other(error));
-        }
-        self.bounce(head, buffer, Stage::BounceWrite(window))
-    }
-
-    fn bounce(&mut self, head: u16, buffer: AlignedBuffer, stage: Stage) -> Result<(), EngineError> {
-        let (direction, window) = match stage {
-            Stage::BounceWrite(window) => (Direction::Write, window),
-            Stage::BounceRead(window) | Stage::BounceFill(window) => (Direction::Read, window),
-            _ => return Err(EngineError::Busy { head }),
-        };
-        self.slot(head)?.stage = stage;
-        self.engine.map_buffer(head, buffer, window.len)?;
-        self.engine.transfer(head, direction, window.offset)
-    }
-
     /// Takes the outcome of a request's operation and starts what follows.
     pub(crate) fn complete(
         &mut self,
@@ -415,66 +274,6 @@ impl<'a> Executor<'a> {
         }
     }
 
-    fn complete_read_window(
-        &mut self,
-        head: u16,
-        window: Window,
-        transferred: u64,
-        result: Result<(), io::Error>,
-    ) -> Result<(), EngineError> {
-        self.take_back_buffer(head)?;
-        let slot = self.slot(head)?;
-        // The image may end behind the data and before the end of its block.
-        let copied = match (result, &slot.memory, &slot.buffer) {
-            (Err(error), _, _) if transferred < window.data().end as u64 => Err(error),
-            (_, Some(memory), Some(buffer)) => {
-                let data = buffer.bytes().get(window.data()).unwrap_or_default();
-                copy_to_driver(memory.as_ref(), &slot.data, slot.done, data).map_err(io::Error::other)
-            }
-            _ => return Err(EngineError::Busy { head }),
-        };
-        if let Err(error) = copied {
-            return self.fail(head, &error);
-        }
-        self.count_data(Direction::Read, window.data_len as u64, true);
-        self.advance_range(head, window.data_len as u64)
-    }
-
-    fn complete_fill(
-        &mut self,
-        head: u16,
-        window: Window,
-        transferred: u64,
-        result: Result<(), io::Error>,
-    ) -> Result<(), EngineError> {
-        self.take_back_buffer(head)?;
-        if let Err(error) = result
-            && transferred < window.data().end as u64
-        {
-            return self.fail(head, &error);
-        }
-        let Some(mut buffer) = self.slot(head)?.buffer.take() else { return Err(EngineError::Busy { head }) };
-        // Beyond the end of the image there is nothing; not what the buffer held before.
-        let end = usize::try_from(transferred).unwrap_or(usize::MAX);
-        buffer.bytes_mut().get_mut(end..).unwrap_or_default().fill(0);
-        self.write_window(head, buffer, window)
-    }
-
-    fn take_back_buffer(&mut self, head: u16) -> Result<(), EngineError> {
-        let buffer = self.engine.take_buffer(head);
-        self.slot(head)?.buffer = buffer;
-        Ok(())
-    }
-
-    fn continue_write_zeroes(&mut self, head: u16, len: u64) -> Result<(), EngineError> {
-        let slot = self.slot(head)?;
-        slot.done += len;
-        match slot.range() {
-            Some(range) if slot.done < range.len => self.run_write_zeroes(head, &range),
-            _ => self.next_range(head),
-        }
-    }
-
     /// Goes on after `len` bytes of the current range went through the bounce buffer.
     fn advance_range(&mut self, head: u16, len: u64) -> Result<(), EngineError> {
         let slot = self.slot(head)?;
@@ -489,41 +288,12 @@ impl<'a> Executor<'a> {
         self.run(head)
     }
 
-    /// Direct I/O refuses this memory although it looked fit: no struct pages behind it, or storage that says too little
-    /// about its needs.
-    fn should_bounce(&self, error: &io::Error) -> bool {
-        self.device.image.direct() && matches!(error.raw_os_error(), Some(libc::EFAULT | libc::EINVAL))
-    }
-
-    fn bounce_instead(&mut self, head: u16, error: &io::Error) -> Result<(), EngineError> {
-        if let Some(suppressed) = self.device.storage_log.admit(Instant::now()) {
-            tracing::warn!(%error, suppressed, "direct I/O refuses driver memory; bouncing");
-        }
-        // A passage is given back before waiting: the request in front may wait for it.
-        self.leave_gate(head)?;
-        let write = self.slot(head)?.kind() == Some(RequestKind::Write);
-        self.slot(head)?.needs = Needs { buffer: true, passage: write.then_some(Passage::Shared) };
-        self.enter_line(head)
-    }
-
     fn leave_gate(&mut self, head: u16) -> Result<(), EngineError> {
         let passage = self.slot(head)?.passage.take();
         if let (Some(gate), Some(passage)) = (self.device.image.gate(), passage) {
             gate.leave(passage);
         }
         Ok(())
-    }
-
-    /// The storage cannot do this to a range. A DISCARD stays undone; zeroes are made in another way.
-    fn replace_fallocate(&mut self, head: u16, mode: i32) -> Result<(), EngineError> {
-        let slot = self.slot(head)?;
-        match (slot.kind(), slot.range()) {
-            (Some(RequestKind::WriteZeroes), Some(range)) if mode == FALLOC_FL_PUNCH_HOLE => {
-                self.run_fallocate(head, FALLOC_FL_ZERO_RANGE, range.offset, range.len)
-            }
-            (Some(RequestKind::WriteZeroes), Some(range)) => self.run_write_zeroes(head, &range),
-            _ => self.finish(head, Status::Unsupported),
-        }
     }
 
     /// All data is where it belongs; what changes the image may still have to become durable.
@@ -555,8 +325,9 @@ impl<'a> Executor<'a> {
 
     /// Gives back what the request was granted.
     fn release(&mut self, head: u16) -> Result<(), EngineError> {
-        let buffer = self.engine.take_buffer(head);
-        self.engine.unmap(head);
+        let transfer = self.engine.idle_transfer(head)?;
+        let buffer = transfer.take_buffer();
+        transfer.reset();
         self.leave_gate(head)?;
         let slot = self.slot(head)?;
         slot.needs = Needs::default();
@@ -633,9 +404,4 @@ fn write_status(memory: &DriverMemory, address: GuestAddress, status: Status) {
 fn is_aligned(range: &ByteRange, alignment: u32) -> bool {
     let alignment = u64::from(alignment);
     range.offset.is_multiple_of(alignment) && range.len.is_multiple_of(alignment)
-}
-
-/// The file system or disk does not know this kind of fallocate(2). EINVAL is what some block drivers say.
-fn is_unsupported(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY | libc::EINVAL))
 }
