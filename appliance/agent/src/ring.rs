@@ -253,3 +253,6 @@ fn read_used_entry<B: vm_memory::bitmap::BitmapSlice>(
     let len: u32 = ring.load(place + 4, Ordering::Relaxed)?;
     Ok((u32::from_le(id), u32::from_le(len)))
 }
+
+#[cfg(test)]
+mod tests;

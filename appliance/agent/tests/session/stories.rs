@@ -1,0 +1,431 @@
+//! The tests. Each plays the bridge, and sees the agent do what the control profile says.
+
+use std::fs::File;
+use std::future::Future;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::task::LocalSet;
+use vvu_agent::doorbell::Doorbell;
+use vvu_agent::reaper::{Reaper, Scope};
+use vvu_agent::session::{DeviceSet, REQUEST_TIMEOUT};
+use vvu_agent::supervisor::Supervisor;
+use vvu_agent::uuid::Uuid;
+use vvu_agent::window::Window;
+use vvu_protocol::address::{FileOffset, GuestAddress, UserAddress};
+use vvu_protocol::control::{Channel, Handle, Status};
+use vvu_protocol::dax::NODE_OFFSET;
+use vvu_protocol::doorbell::{PeerId, Vector};
+use vvu_protocol::features::{Features, ProtocolFeatures};
+use vvu_protocol::memory::MemoryRegion;
+use vvu_protocol::message::{
+    ConfigSpace, FrontEndReply, FrontEndRequest, LogArea, RawMessage, VringAddresses, VringFile, VringState,
+};
+use vvu_protocol::window::{ALIGNMENT, MEMORY_OFFSET};
+use vvu_socket::event::{self, Event};
+
+use crate::back_end::{MARK, Script, program};
+use crate::bridge::{Bridge, Eventfds, VECTORS};
+
+type Request = FrontEndRequest<Handle>;
+
+const WINDOW_LEN: u64 = MEMORY_OFFSET.0 + (64 << 20);
+const DONE: FrontEndReply<Handle> = FrontEndReply::Acknowledgement(0);
+
+/// After this, what is awaited will not come.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// What a story has to do with.
+struct Stage {
+    bridge: Bridge,
+    eventfds: Eventfds,
+    window: File,
+}
+
+type Story<'a> = Pin<Box<dyn Future<Output = ()> + 'a>>;
+
+/// Runs a device set with a back-end that keeps to `script`, until the story is over.
+fn play(script: Script, story: impl FnOnce(&Stage) -> Story<'_>) {
+    let directory = tempfile::tempdir().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    LocalSet::new().block_on(&runtime, async {
+        // The window as the agent sees it starts behind its header.
+        let name = format!("window-{script:?}");
+        let window = rustix::fs::memfd_create(name.as_str(), rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&window, WINDOW_LEN - NODE_OFFSET).unwrap();
+        let (reaper, reaper_task) = Reaper::new(Scope::OwnChildren).unwrap();
+        let file: Arc<OwnedFd> = Arc::new(window.try_clone().unwrap());
+        let supervisor = Supervisor::new(program(script, directory.path()), reaper, &file).unwrap();
+        let (bridge, port) = Bridge::new(WINDOW_LEN);
+        let eventfds = Eventfds::new();
+        let window_of_set = Window { file, len: WINDOW_LEN };
+        let set = DeviceSet::new(Uuid([7; 16]), port, eventfds.clone(), window_of_set, supervisor);
+        let stage = Stage { bridge, eventfds, window: window.into() };
+        let started = std::time::Instant::now();
+        tokio::select! {
+            () = story(&stage) => {}
+            ended = set.serve() => panic!("device set ended: {ended:?}"),
+            ended = reaper_task.run() => panic!("reaper ended: {ended:?}"),
+            () = past(started) => panic!("what is awaited does not come"),
+        }
+    });
+}
+
+/// Waits for the limit by a clock that stories cannot wind forward.
+async fn past(started: std::time::Instant) {
+    let (sender, receiver) = tokio::sync::oneshot::channel();
+    std::thread::spawn(move || {
+        std::thread::sleep(LIMIT.saturating_sub(started.elapsed()));
+        sender.send(())
+    });
+    receiver.await.unwrap();
+}
+
+fn region(guest: u64, size: u64, user: u64, window: u64) -> (MemoryRegion, Handle) {
+    let region = MemoryRegion {
+        guest_address: GuestAddress(guest),
+        size,
+        user_address: UserAddress(user),
+        mmap_offset: FileOffset(window),
+    };
+    (region, Handle::Window)
+}
+
+fn state(num: u32) -> VringState {
+    VringState { index: 0, num }
+}
+
+fn file(handle: Handle) -> VringFile<Handle> {
+    VringFile { index: 0, descriptor: Some(handle) }
+}
+
+const ADDRESSES: VringAddresses =
+    VringAddresses { index: 0, flags: 0, descriptors: 0x1000, used: 0x3000, available: 0x2000, log: 0 };
+
+/// As QEMU starts a device, with a hole in driver memory, and the answer to each request.
+fn start_sequence() -> Vec<(Request, FrontEndReply<Handle>)> {
+    use FrontEndRequest as R;
+    let features = Features::VERSION_1 | Features::PROTOCOL_FEATURES;
+    let config = ConfigSpace { offset: 0, flags: 0, bytes: vec![5; 60] };
+    let start = MEMORY_OFFSET.0;
+    let table = vec![
+        region(0, 0xa_0000, 0x7f00_0000_0000, start),
+        region(0xc_0000, (8 << 20) - 0xc_0000, 0x7f00_000c_0000, start + 0xc_0000),
+        region(0x1_0000_0000, 4 << 20, 0x7f00_0080_0000, start + (8 << 20)),
+    ];
+    vec![
+        (R::GetFeatures, FrontEndReply::Number(features.bits())),
+        (R::SetProtocolFeatures(ProtocolFeatures::empty()), DONE),
+        (R::SetOwner, DONE),
+        (R::SetVringCall(file(Handle::Peer(PeerId(2)))), DONE),
+        (R::SetVringErr(file(Handle::Peer(PeerId(3)))), DONE),
+        (R::GetConfig(config.clone()), FrontEndReply::Config(Some(config))),
+        (R::SetFeatures(features), DONE),
+        (R::SetMemTable(table), DONE),
+        (R::SetVringNum(state(128)), DONE),
+        (R::SetVringBase(state(0)), DONE),
+        (R::SetVringAddr(ADDRESSES), DONE),
+        (R::SetVringKick(file(Handle::Vector(Vector(1)))), DONE),
+        (R::SetVringCall(VringFile { index: 0, descriptor: None }), DONE),
+        (R::SetVringCall(file(Handle::Peer(PeerId(2)))), DONE),
+        (R::SetVringEnable(state(1)), DONE),
+    ]
+}
+
+async fn start(stage: &Stage) {
+    for (request, answer) in start_sequence() {
+        let name = request.name();
+        assert_eq!(stage.bridge.ask(request).await, answer, "{name}");
+    }
+}
+
+async fn process_id(stage: &Stage) -> u64 {
+    match stage.bridge.ask(Request::GetQueueNum).await {
+        FrontEndReply::Number(id) => id,
+        other => panic!("{other:?}"),
+    }
+}
+
+async fn a_driver_is_served(stage: &Stage) {
+    // Before the sequence: the protocol features that it negotiates are the back-end's own.
+    assert!(matches!(stage.bridge.ask(Request::GetProtocolFeatures).await, FrontEndReply::Number(_)));
+    start(stage).await;
+    // The two regions around the hole have become one, so there are two marks: at each region's place in the window.
+    for offset in [0, 8 << 20] {
+        let mut found = [0; MARK.len()];
+        let place = MEMORY_OFFSET.0 - NODE_OFFSET + offset;
+        stage.window.read_exact_at(&mut found, place).unwrap();
+        assert_eq!(found, MARK, "at {offset:#x}");
+        stage.window.write_all_at(&[0; MARK.len()], place).unwrap();
+    }
+    let mut doorbell = stage.eventfds.clone();
+    let call = Event::new(doorbell.peer(PeerId(2)).unwrap().try_clone().unwrap()).unwrap();
+    for _ in 0..3 {
+        event::signal(doorbell.vector(Vector(1)).unwrap()).unwrap();
+        call.signalled().await.unwrap();
+    }
+    let stopped = stage.bridge.ask(Request::GetVringBase(state(0))).await;
+    assert_eq!(stopped, FrontEndReply::VringState(state(0)));
+}
+
+#[test]
+fn a_driver_is_served_by_a_back_end_that_acknowledges() {
+    play(Script::Proper, |stage| {
+        Box::pin(async {
+            stage.bridge.connect().await;
+            a_driver_is_served(stage).await;
+        })
+    });
+}
+
+#[test]
+fn a_driver_is_served_by_a_back_end_without_acknowledgements() {
+    play(Script::Plain, |stage| {
+        Box::pin(async {
+            stage.bridge.connect().await;
+            a_driver_is_served(stage).await;
+        })
+    });
+}
+
+#[test]
+fn one_front_end_after_the_other_is_served_by_the_same_process() {
+    play(Script::Proper, |stage| {
+        Box::pin(async {
+            let mut ids = Vec::new();
+            for _ in 0..3 {
+                stage.bridge.connect().await;
+                ids.push(process_id(stage).await);
+                a_driver_is_served(stage).await;
+                stage.bridge.disconnect();
+            }
+            assert!(ids.iter().all(|id| *id == ids[0]), "{ids:?}");
+        })
+    });
+}
+
+#[test]
+fn a_back_end_that_keeps_memory_of_an_earlier_session_is_replaced() {
+    play(Script::Hoarding, |stage| {
+        Box::pin(async {
+            let mut ids = Vec::new();
+            // More often than a back-end that fails would be started again.
+            for _ in 0..8 {
+                stage.bridge.connect().await;
+                ids.push(process_id(stage).await);
+                a_driver_is_served(stage).await;
+                stage.bridge.disconnect();
+            }
+            ids.dedup();
+            assert_eq!(ids.len(), 8);
+        })
+    });
+}
+
+#[test]
+fn a_refusal_of_the_back_end_is_passed_on() {
+    play(Script::Refusing, |stage| {
+        Box::pin(async {
+            stage.bridge.connect().await;
+            stage.bridge.ask(Request::GetProtocolFeatures).await;
+            stage.bridge.ask(Request::SetProtocolFeatures(ProtocolFeatures::empty())).await;
+            let answer = stage.bridge.ask(Request::SetVringAddr(ADDRESSES)).await;
+            assert_eq!(answer, FrontEndReply::Acknowledgement(22));
+            assert_eq!(stage.bridge.ask(Request::SetVringNum(state(1))).await, DONE);
+        })
+    });
+}
+
+#[test]
+fn what_cannot_be_carried_is_refused_and_the_session_goes_on() {
+    use FrontEndRequest as R;
+    play(Script::Proper, |stage| {
+        Box::pin(async {
+            stage.bridge.connect().await;
+            let log = LogArea { size: 4096, mmap_offset: FileOffset(ALIGNMENT) };
+            let unknown = RawMessage::request(200, true, vec![1, 2, 3], vec![]);
+            let outside = region(0, 4096, 0x7f00_0000_0000, WINDOW_LEN);
+            let mut other_handle = region(0, 4096, 0x7f00_0000_0000, MEMORY_OFFSET.0);
+            other_handle.1 = Handle::Peer(PeerId(1));
+            let requests = [
+                R::SetLogBase(log, Handle::Window),
+                R::SetBackendReqFd(Handle::Peer(PeerId(1))),
+                R::SetVringKick(file(Handle::Peer(PeerId(1)))),
+                R::SetVringKick(file(Handle::Window)),
+                R::SetVringKick(file(Handle::Vector(Vector(VECTORS)))),
+                R::SetVringCall(file(Handle::Vector(Vector(0)))),
+                R::SetVringErr(file(Handle::Window)),
+                R::SetMemTable(vec![outside]),
+                R::SetMemTable(vec![other_handle]),
+                R::Unknown(unknown),
+            ];
+            for request in requests {
+                let (code, name) = (request.code(), request.name());
+                stage.bridge.send(request);
+                let answer = stage.bridge.frame().await.message;
+                assert_eq!(answer, RawMessage::reply(code, 1_u64.to_le_bytes().to_vec(), vec![]), "{name}");
+            }
+            a_driver_is_served(stage).await;
+        })
+    });
+}
+
+#[test]
+fn frames_of_other_sessions_are_dropped() {
+    play(Script::Proper, |stage| {
+        Box::pin(async {
+            let bridge = &stage.bridge;
+            let queue_count = || Request::GetQueueNum.encode(true);
+            // Before the first session, and of a session that will be.
+            bridge.send_frame(Channel::FrontEnd, 0, queue_count());
+            bridge.send_frame(Channel::FrontEnd, 1, queue_count());
+            bridge.send_bytes(vec![0xff; 30]);
+            bridge.connect().await;
+            bridge.send_frame(Channel::FrontEnd, 0, queue_count());
+            bridge.send_frame(Channel::FrontEnd, 2, queue_count());
+            bridge.send_frame(Channel::BackEnd, 3, queue_count());
+            assert!(matches!(bridge.ask(Request::GetFeatures).await, FrontEndReply::Number(_)));
+            assert!(!bridge.has_frames());
+            a_driver_is_served(stage).await;
+        })
+    });
+}
+
+#[test]
+fn a_frame_may_overtake_the_status() {
+    play(Script::Proper, |stage| {
+        Box::pin(async {
+            // Change and frame come together; the agent looks at the frame first.
+            stage.bridge.connect().await;
+            stage.bridge.send(Request::GetFeatures);
+            let answer = stage.bridge.frame().await;
+            assert_eq!((answer.session, answer.message.header.request), (1, 1));
+        })
+    });
+}
+
+#[test]
+fn what_is_no_request_ends_the_session() {
+    play(Script::Proper, |stage| {
+        Box::pin(async {
+            let bridge = &stage.bridge;
+            let message = |code, payload| RawMessage::request(code, true, payload, vec![]);
+            let with_handles = |code, count| RawMessage::request(code, true, vec![0; 8], vec![Handle::Window; count]);
+            let reply = RawMessage::reply(1, vec![0; 8], vec![]);
+            let frames: [(Channel, RawMessage<Handle>); 8] = [
+                (Channel::FrontEnd, reply.clone()),
+                (Channel::BackEnd, reply),
+                (Channel::BackEnd, message(2, vec![])),
+                (Channel::FrontEnd, message(8, vec![0; 7])),
+                (Channel::FrontEnd, message(5, vec![0xff; 8])),
+                (Channel::FrontEnd, with_handles(12, 2)),
+                (Channel::FrontEnd, with_handles(2, 1)),
+                (Channel::FrontEnd, message(24, vec![0xff; 12])),
+            ];
+            for (channel, frame) in frames {
+                bridge.connect().await;
+                bridge.send_frame(channel, bridge.session(), frame);
+                bridge.orphaned().await;
+            }
+            for bytes in [vec![], vec![0; 19], vec![0xff; 4096], vec![0; 5000]] {
+                bridge.connect().await;
+                bridge.send_bytes(bytes);
+                bridge.orphaned().await;
+            }
+            assert!(!bridge.has_frames());
+            bridge.connect().await;
+            a_driver_is_served(stage).await;
+        })
+    });
+}
+
+/// A session that ends because the back-end fails at `request`; then another one with a new process.
+async fn fails_and_comes_back(stage: &Stage, request: Request) {
+    stage.bridge.connect().await;
+    let first = process_id(stage).await;
+    stage.bridge.send(request);
+    stage.bridge.orphaned().await;
+    stage.bridge.connect().await;
+    assert_ne!(process_id(stage).await, first);
+    assert!(!stage.bridge.has_frames());
+}
+
+#[test]
+fn a_back_end_that_dies_of_a_request_is_started_again() {
+    play(Script::Dying, |stage| Box::pin(fails_and_comes_back(stage, Request::GetVringBase(state(0)))));
+}
+
+#[test]
+fn a_back_end_that_answers_another_question_is_ended() {
+    play(Script::Lying, |stage| Box::pin(fails_and_comes_back(stage, Request::GetVringBase(state(0)))));
+}
+
+#[test]
+fn a_back_end_that_speaks_unasked_is_ended() {
+    play(Script::Chatty, |stage| Box::pin(fails_and_comes_back(stage, Request::SetOwner)));
+}
+
+#[test]
+fn a_back_end_that_does_not_answer_is_ended() {
+    play(Script::Silent, |stage| {
+        Box::pin(async {
+            stage.bridge.connect().await;
+            let first = process_id(stage).await;
+            // From here on nothing happens but time: the clock jumps to where the agent stops waiting.
+            tokio::time::pause();
+            let asked = tokio::time::Instant::now();
+            stage.bridge.send(Request::GetVringBase(state(0)));
+            stage.bridge.status(Status::FRONT_END_UP).await;
+            let waited = asked.elapsed();
+            tokio::time::resume();
+            assert!(waited >= REQUEST_TIMEOUT && waited < REQUEST_TIMEOUT * 2, "{waited:?}");
+            stage.bridge.disconnect();
+            stage.bridge.connect().await;
+            assert_ne!(process_id(stage).await, first);
+        })
+    });
+}
+
+#[test]
+fn a_front_end_that_goes_while_it_waits_leaves_nothing_behind() {
+    play(Script::Silent, |stage| {
+        Box::pin(async {
+            stage.bridge.connect().await;
+            let first = process_id(stage).await;
+            start(stage).await;
+            stage.bridge.send(Request::GetVringBase(state(0)));
+            // Taken by the agent by the time that the back-end's process has the next turn.
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            stage.bridge.disconnect();
+            stage.bridge.connect().await;
+            assert_eq!(process_id(stage).await, first);
+            assert!(!stage.bridge.has_frames());
+        })
+    });
+}
+
+#[test]
+fn a_back_end_that_fails_too_often_is_given_up() {
+    let directory = tempfile::tempdir().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let (reaper, reaper_task) = Reaper::new(Scope::OwnChildren).unwrap();
+        let window = Arc::new(rustix::fs::memfd_create("window", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+        let mut program = program(Script::StillBorn, directory.path());
+        // Each start leaves a line.
+        let script = "echo start >> \"$0\"; exit 3";
+        let log = directory.path().join("starts");
+        program.program = "/bin/sh".into();
+        program.arguments = vec!["-c".into(), script.into(), log.clone().into()];
+        let mut supervisor = Supervisor::new(program, reaper, &window).unwrap();
+        tokio::select! {
+            ready = supervisor.ready() => assert!(ready.is_err()),
+            ended = reaper_task.run() => panic!("reaper ended: {ended:?}"),
+        }
+        assert_eq!(std::fs::read_to_string(log).unwrap().lines().count(), 1 + vvu_agent::restarts::MAX_RESTARTS);
+        assert!(supervisor.ready().await.is_err());
+    });
+}
