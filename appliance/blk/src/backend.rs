@@ -11,6 +11,7 @@ use vmm_sys_util::event::{EventConsumer, EventNotifier};
 use crate::config_space::{self, WRITEBACK_OFFSET};
 use crate::descriptors::ExitEvent;
 use crate::device::Device;
+use crate::lost_memory;
 use crate::ring::MAX_QUEUE_SIZE;
 use crate::vring::{MemoryTable, QueueVring};
 use crate::worker::serve;
@@ -33,6 +34,7 @@ struct Rings {
 impl Backend {
     pub(crate) fn new(device: &Arc<Device>) -> io::Result<Self> {
         device.reset();
+        lost_memory::forget();
         let exit_events = (0..device.queues).map(|_| ExitEvent::new()).collect::<io::Result<_>>()?;
         Ok(Self { device: Arc::clone(device), exit_events, rings: Mutex::default() })
     }

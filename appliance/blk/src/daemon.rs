@@ -17,6 +17,7 @@ use crate::engine::Engine;
 use crate::image::{Image, ImageError};
 use crate::listener::{Endpoint, Listener, ListenerError};
 use crate::log_limit::LogLimit;
+use crate::lost_memory;
 use crate::signals::{Signals, Wish};
 use crate::wakeup::Wakeup;
 
@@ -69,6 +70,7 @@ pub fn run(options: &Options) -> Result<(), DaemonError> {
     // later inherit the signal mask.
     let listener = Listener::new(&options.endpoint)?;
     let signals = Signals::take_over()?;
+    lost_memory::install()?;
     let image = Image::open(&options.image, options.read_only, options.io_alignment)?;
     let device = Arc::new(Device::new(image, serial_bytes(&options.serial), options.queues));
     Engine::probe(&device.image).map_err(|error| DaemonError::Engine(error.into()))?;

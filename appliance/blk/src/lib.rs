@@ -9,7 +9,7 @@
 //!
 //! # Map
 //! - pure: `config_space`, `chain`, `request`, `driver_data`, `bounce`
-//! - unsafe: `engine` (io_uring, with `transfer`), `descriptors`, `signals`
+//! - unsafe: `engine` (io_uring, with `transfer`), `descriptors`, `signals`, `lost_memory`
 //! - one queue: `vring` (start and stop), `ring` (the split ring), `worker` (its thread), `execution` (its requests)
 //! - the device: `device`, `image`, `write_gate`, `counters`
 //! - the program: `cli`, `daemon`, `listener`, `backend` (one connection)
@@ -30,6 +30,7 @@ mod execution;
 mod image;
 mod listener;
 mod log_limit;
+mod lost_memory;
 mod request;
 mod ring;
 mod signals;

@@ -38,6 +38,8 @@ pub(crate) enum RingError {
     DuplicateHead { head: u16 },
     #[error("chain of head {head}")]
     Chain { head: u16, source: crate::chain::ChainError },
+    #[error("driver memory was taken away under the device")]
+    MemoryLost,
     #[error("ring cannot be accessed")]
     Queue(#[from] QueueError),
     #[error("ring cannot be read")]

@@ -10,6 +10,7 @@ use crate::counters::QueueCounters;
 use crate::device::Device;
 use crate::engine::{Completion, EngineError, Signal, Watch};
 use crate::execution::Executor;
+use crate::lost_memory;
 use crate::request::Request;
 use crate::ring::{MAX_QUEUE_SIZE, Ring, RingError};
 use crate::vring::{QueueVring, Service};
@@ -94,6 +95,9 @@ impl Worker<'_> {
         drop(memory);
         loop {
             let stopping = self.service.should_stop();
+            if lost_memory::happened() && intake != Intake::Broken {
+                intake = self.break_ring(&RingError::MemoryLost)?;
+            }
             intake = self.return_requests(intake)?;
             if intake == Intake::Ready && !stopping {
                 intake = self.take_requests()?;

@@ -9,6 +9,7 @@ use crate::aligned_buffer::AlignedBuffer;
 use crate::bounce::Window;
 use crate::driver_data::{copy_from_driver, copy_to_driver};
 use crate::engine::EngineError;
+use crate::lost_memory;
 use crate::request::{ByteRange, RequestKind};
 use crate::transfer::Direction;
 use crate::write_gate::Passage;
@@ -47,9 +48,14 @@ impl Executor<'_> {
                 Ok(())
             }
         };
+        let copied = match copied {
+            // Zeroes in place of what was lost must not reach the image.
+            Ok(()) if lost_memory::happened() => Err(io::Error::other("driver memory was taken away")),
+            copied => copied.map_err(io::Error::other),
+        };
         if let Err(error) = copied {
             self.buffers.give_back(buffer);
-            return self.fail(head, &io::Error::other(error));
+            return self.fail(head, &error);
         }
         self.bounce(head, buffer, Stage::BounceWrite(window))
     }

@@ -305,6 +305,31 @@ fn a_call_event_that_blocks_does_not_block_the_device() {
 }
 
 #[test]
+fn memory_that_is_cut_under_the_device_breaks_its_rings_only() {
+    let image = ImageFile::new(1 << 20);
+    let mut program = Program::start(&image.path(), &["--queues", "2"]);
+    let mut front_end = FrontEnd::connect(&program);
+    let mut queues = [front_end.queue(0, 16), front_end.queue(1, 16)];
+    front_end.fill(DATA, &[5; 4096]);
+    queues[0].run_ok(&front_end.memory, &Req::write(0, DATA, 4096));
+    // One request is offered with all of its memory, and then there is none.
+    queues[0].offer_request(&front_end.memory, 0, &Req::write(0, DATA + 1, 4096));
+    queues[0].publish(&front_end.memory);
+    front_end.cut_memory();
+    for queue in &queues {
+        queue.kick();
+        wait_event(&queue.error, "err");
+        queue.stop(&front_end);
+    }
+    program.wait_for_line(|line| line.contains("taken away"));
+    drop((queues, front_end));
+    assert!(program.is_alive());
+    assert_eq!(image.content()[..4096], [5; 4096], "nothing made up is written");
+    let mut front_end = FrontEnd::connect(&program);
+    front_end.queue(0, 16).run_ok(&front_end.memory, &Req::read(0, DATA, 512));
+}
+
+#[test]
 fn garbage_on_the_socket_ends_the_connection_only() {
     use std::io::{Read, Write};
     let image = ImageFile::new(1 << 20);

@@ -15,4 +15,5 @@ mod hostile;
 mod lifecycle;
 mod process;
 mod requests;
+mod speed;
 mod storage;
