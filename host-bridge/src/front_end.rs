@@ -1,8 +1,9 @@
 //! Where front-ends connect: a listening socket, or one that a parent process has connected already.
 
+use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
@@ -92,7 +93,9 @@ pub fn remove_stale_socket(path: &Path) -> anyhow::Result<()> {
     if !metadata.file_type().is_socket() {
         bail!("{} exists and is no socket; choose another path", path.display());
     }
-    if UnixStream::connect(path).is_ok() {
+    // A datagram socket can tell whether a stream socket is there without being taken for a peer of it (connect(2): EPROTOTYPE).
+    let probe = UnixDatagram::unbound().and_then(|probe| probe.connect(path));
+    if !probe.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused) {
         bail!("another process listens at {}; end it or choose another path", path.display());
     }
     std::fs::remove_file(path).with_context(|| format!("cannot remove the stale socket {}", path.display()))
