@@ -21,10 +21,10 @@ use uuid::Uuid;
 use vvu_protocol::window::Layout;
 use vvu_socket::MessageSocket;
 
-use crate::appliance::ApplianceError;
 use crate::appliance::control::Control;
 use crate::appliance::doorbell::Doorbell;
-use crate::appliance::window::Window;
+use crate::appliance::window::{Window, header_file};
+use crate::appliance::{ApplianceError, file_identity};
 use crate::cli::Options;
 use crate::doorbells::Doorbells;
 use crate::front_end::{FrontEnds, remove_stale_socket};
@@ -74,12 +74,14 @@ async fn serve(options: Options) -> anyhow::Result<()> {
     let appliance = sockets.accept(&mut tasks, *uuid.as_bytes(), options.queues, layout, doorbells).await?;
     notify(&[NotifyState::Status("appliance boots")]);
     tokio::select! {
-        result = serve_front_ends(&mut front_ends, appliance) => result,
+        // What ended a device says more than what the session noticed of it.
+        biased;
         ended = tasks.join_next() => match ended {
             Some(Ok(Err(error))) => Err(error.into()),
             Some(Err(error)) => Err(error).context("a task of the bridge failed"),
             Some(Ok(Ok(()))) | None => bail!("a task of the bridge ended early"),
         },
+        result = serve_front_ends(&mut front_ends, appliance) => result,
     }
 }
 
@@ -131,15 +133,17 @@ impl ApplianceSockets {
     ) -> anyhow::Result<Appliance> {
         let (mut control, mut window, mut doorbell) = (None, None, false);
         let mut announcement = Some(doorbells.announce()?);
+        let header = header_file(uuid, layout.len())?;
+        let (header_id, _) = file_identity(&header)?;
         while control.is_none() || window.is_none() || !doorbell {
             tokio::select! {
                 accepted = self.control.0.accept(), if control.is_none() => {
-                    let (task, port) = Control::new(accepted?.0.into_std()?, uuid, queues)?;
+                    let (task, port) = Control::new(accepted?.0.into_std()?, uuid, queues, header_id)?;
                     tasks.spawn_local(task.run());
                     control = Some(port);
                 }
                 accepted = self.window.0.accept(), if window.is_none() => {
-                    let (task, port) = Window::new(accepted?.0.into_std()?, uuid, &layout)?;
+                    let (task, port) = Window::new(accepted?.0.into_std()?, header.try_clone()?, &layout)?;
                     tasks.spawn_local(task.run());
                     window = Some(port);
                 }
@@ -154,7 +158,8 @@ impl ApplianceSockets {
         }
         match (control, window) {
             (Some(control), Some(window)) => {
-                tasks.spawn_local(announce_window(window.state(), control.commands.clone(), layout.len()));
+                // It ends with either device, whose own task says why.
+                tokio::task::spawn_local(announce_window(window.state(), control.commands.clone(), layout.len()));
                 Ok(Appliance { control, window, doorbells, layout })
             }
             _ => bail!("the appliance's VMM connected to no device"),
@@ -167,11 +172,13 @@ async fn announce_window(
     mut state: tokio::sync::watch::Receiver<crate::appliance::window::WindowState>,
     control: crate::appliance::control::ControlCommands,
     len: u64,
-) -> Result<(), ApplianceError> {
+) {
     loop {
         let ready = state.borrow_and_update().ready;
-        control.set_window_len(if ready { len } else { 0 }).await?;
-        state.changed().await.map_err(|_| ApplianceError::Gone { device: "window" })?;
+        let shown = control.set_window_len(if ready { len } else { 0 }).await;
+        if shown.is_err() || state.changed().await.is_err() {
+            return;
+        }
     }
 }
 

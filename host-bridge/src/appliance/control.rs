@@ -12,6 +12,7 @@ use virtio_queue::QueueT;
 use vvu_protocol::control::{CONFIG_STATUS_OFFSET, ConfigSpace, Frame, RECEIVE_QUEUE, Status, TRANSMIT_QUEUE};
 use vvu_protocol::features::Features;
 use vvu_protocol::message::{BackEndRequest, ConfigSpace as ConfigAccess};
+use vvu_protocol::window::FileId;
 use vvu_socket::{MessageSocket, event};
 
 use super::ApplianceError;
@@ -135,11 +136,17 @@ pub struct Control {
 }
 
 impl Control {
-    /// A control device on the socket of the appliance's VMM, and the port to it.
+    /// A control device on the socket of the appliance's VMM, and the port to it. `window_header` is the file behind the
+    /// window's header.
     ///
     /// # Errors
     /// [`ApplianceError`] if the socket cannot be used.
-    pub fn new(stream: UnixStream, uuid: [u8; 16], max_queues: u16) -> Result<(Self, ControlPort), ApplianceError> {
+    pub fn new(
+        stream: UnixStream,
+        uuid: [u8; 16],
+        max_queues: u16,
+        window_header: FileId,
+    ) -> Result<(Self, ControlPort), ApplianceError> {
         let socket =
             MessageSocket::new(stream).map_err(|source| ApplianceError::Io { what: "control socket", source })?;
         let model = Model { name: NAME, features: Features::empty(), queue_count: 2, shared_memory: Vec::new() };
@@ -157,7 +164,7 @@ impl Control {
                 session: 0,
                 window_len: 0,
             },
-            memory: ApplianceMemory::default(),
+            memory: ApplianceMemory::new(window_header),
             commands,
             frames,
             state,

@@ -1,5 +1,5 @@
-//! The appliance's own memory, mapped for the queues of the control device. Driver memory is never mapped: the table of the
-//! control device lists it too once it is in the window, and this module leaves it out.
+//! The appliance's own memory, mapped for the queues of the control device. Nothing of the window is ever mapped, neither its
+//! header nor driver memory: the table of the control device lists both once they are there, and this module leaves them out.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -13,8 +13,9 @@ use vvu_protocol::window::FileId;
 use super::{ApplianceError, file_identity};
 
 /// Which files are the appliance's own memory, and their mapping.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct ApplianceMemory {
+    window_header: FileId,
     files: BTreeSet<FileId>,
     sealed: bool,
     layout: Vec<(FileId, MemoryRegion)>,
@@ -22,6 +23,12 @@ pub(crate) struct ApplianceMemory {
 }
 
 impl ApplianceMemory {
+    /// Nothing is mapped. `window_header` is the one file of the window that may be there before [`ApplianceMemory::seal`].
+    pub(crate) fn new(window_header: FileId) -> Self {
+        let (files, layout) = (BTreeSet::new(), Vec::new());
+        Self { window_header, files, sealed: false, layout, map: GuestMemoryMmap::default() }
+    }
+
     /// From now on no further file is taken for the appliance's own: driver memory is about to be mapped into the window.
     pub(crate) fn seal(&mut self) {
         self.sealed = true;
@@ -37,7 +44,7 @@ impl ApplianceMemory {
         let mut own = Vec::new();
         for (region, descriptor) in table {
             let (file, _) = file_identity(&descriptor)?;
-            if !self.sealed {
+            if !self.sealed && file != self.window_header {
                 self.files.insert(file);
             }
             if self.files.contains(&file) {

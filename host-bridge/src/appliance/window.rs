@@ -167,11 +167,11 @@ pub struct Window {
 }
 
 impl Window {
-    /// A window device on the socket of the appliance's VMM, and the port to it.
+    /// A window device on the socket of the appliance's VMM, and the port to it. `header` is made by [`header_file`].
     ///
     /// # Errors
-    /// [`ApplianceError`] if the socket cannot be used or the header cannot be made.
-    pub fn new(stream: UnixStream, uuid: [u8; 16], layout: &Layout) -> Result<(Self, WindowPort), ApplianceError> {
+    /// [`ApplianceError`] if the socket cannot be used.
+    pub fn new(stream: UnixStream, header: OwnedFd, layout: &Layout) -> Result<(Self, WindowPort), ApplianceError> {
         let socket =
             MessageSocket::new(stream).map_err(|source| ApplianceError::Io { what: "window socket", source })?;
         let mut shared_memory = vec![(WINDOW_REGION, layout.len())];
@@ -185,14 +185,13 @@ impl Window {
             socket,
             device: GenericDevice::new(model)?,
             back_channel: None,
-            header: header_file(uuid, layout.len())?,
+            header,
             operations,
             state,
             pending: None,
             stale_answers: 0,
         };
-        let port =
-            WindowPort { operations: operation_sender, state: state_receiver, mapped: Vec::new(), losses: 0 };
+        let port = WindowPort { operations: operation_sender, state: state_receiver, mapped: Vec::new(), losses: 0 };
         Ok((window, port))
     }
 
@@ -336,7 +335,10 @@ async fn answer(back_channel: Option<&mut MessageSocket>) -> Result<RawMessage<O
 }
 
 /// The file behind the window's header, with the device-DAX info block in it.
-fn header_file(uuid: [u8; 16], window_len: u64) -> Result<OwnedFd, ApplianceError> {
+///
+/// # Errors
+/// [`ApplianceError::Io`] if the process or the system has too many open files.
+pub fn header_file(uuid: [u8; 16], window_len: u64) -> Result<OwnedFd, ApplianceError> {
     let make = || -> rustix::io::Result<OwnedFd> {
         let file = memfd_create("vvu-window-header", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         ftruncate(&file, HEADER_LEN)?;
