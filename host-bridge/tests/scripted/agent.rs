@@ -32,7 +32,7 @@ impl Agent {
     /// The appliance boots: the agent starts the control device, virtio-pmem's driver the window device, and the header of
     /// the window shows up.
     pub(crate) async fn boot(vmm: &Vmm) -> Self {
-        let mut agent = Self::start_control(vmm).await;
+        let agent = Self::start_control(vmm).await;
         vmm.start_window().await;
         agent.sees(|config| config.window_len != 0, "the window's header").await;
         agent
@@ -56,7 +56,7 @@ impl Agent {
 
     /// Writes the status field.
     pub(crate) async fn set_status(&self, status: Status) {
-        self.device.write_config(0, status.bits().to_le_bytes().to_vec()).await;
+        self.device.write_config(0, &status.bits().to_le_bytes()).await;
     }
 
     /// Reads the configuration space after each configuration interrupt until it is as `expected`. Interrupts count once:

@@ -10,7 +10,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use vvu_protocol::address::{FileOffset, GuestAddress, UserAddress};
 use vvu_protocol::memory::MemoryRegion;
-use vvu_protocol::message::{FrontEndReply, FrontEndRequest, RawMessage, VringFile};
+use vvu_protocol::message::{FrontEndReply, FrontEndRequest, VringFile};
 use vvu_socket::{MessageSocket, SocketError};
 
 use super::{Journal, identity, memory_file, within};
@@ -57,7 +57,8 @@ impl FrontEnd {
     /// Waits for the reply to the request with this code.
     pub(crate) async fn reply(&mut self, code: u32) -> FrontEndReply<OwnedFd> {
         let message = within(&format!("the reply to request {code}"), self.socket.recv()).await.unwrap();
-        let message = message.unwrap_or_else(|| panic!("the bridge closed the connection instead of a reply to {code}"));
+        let message =
+            message.unwrap_or_else(|| panic!("the bridge closed the connection instead of a reply to {code}"));
         let reply = FrontEndReply::decode(code, message).unwrap();
         self.journal.note(format!("reply {reply:?}"));
         reply
@@ -87,9 +88,16 @@ impl FrontEnd {
         poll(&mut readable, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).unwrap() != 0
     }
 
-    /// Waits for the next message, whatever it is, or for the end.
-    pub(crate) async fn anything(&mut self) -> Option<RawMessage<OwnedFd>> {
-        within("a message or the end of the connection", self.socket.recv()).await.unwrap_or(None)
+    /// Sends the same bytes until the bridge takes no more for a while, because nobody reads its answers.
+    pub(crate) async fn fills_socket(&self, bytes: &[u8]) {
+        loop {
+            let mut writable = [PollFd::new(&self.stream, PollFlags::OUT)];
+            let pause = Timespec { tv_sec: 0, tv_nsec: 200_000_000 };
+            if poll(&mut writable, Some(&pause)).unwrap() == 0 {
+                return;
+            }
+            self.socket.send_bytes(bytes, &[]).await.unwrap();
+        }
     }
 }
 

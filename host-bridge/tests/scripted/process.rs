@@ -84,6 +84,13 @@ impl Bridge {
         Self { child, directory, notifications, log, log_reader }
     }
 
+    /// The next notification.
+    pub(crate) async fn notification(&mut self) -> String {
+        let mut buffer = [0; 4096];
+        let len = within("a notification", self.notifications.recv(&mut buffer)).await.unwrap();
+        String::from_utf8(buffer[..len].to_vec()).unwrap()
+    }
+
     pub(crate) fn directory(&self) -> &Path {
         self.directory.path()
     }
@@ -107,11 +114,17 @@ impl Bridge {
     }
 
     /// Waits for its end.
-    pub(crate) async fn ended(mut self) -> Ended {
-        let status = within("the end of the bridge", self.child.wait()).await.unwrap();
-        within("the end of its log", self.log_reader).await.unwrap();
-        let log = self.log.lock().unwrap().clone();
-        Ended { code: status.code(), log }
+    pub(crate) async fn ended(self) -> Ended {
+        self.ended_with_directory().await.0
+    }
+
+    /// Waits for its end, and answers what is left of its directory, too.
+    pub(crate) async fn ended_with_directory(self) -> (Ended, TempDir) {
+        let Self { mut child, directory, log, log_reader, .. } = self;
+        let status = within("the end of the bridge", child.wait()).await.unwrap();
+        within("the end of its log", log_reader).await.unwrap();
+        let log = log.lock().unwrap().clone();
+        (Ended { code: status.code(), log }, directory)
     }
 
     /// Whether the log has this text so far.
@@ -140,19 +153,9 @@ impl Bridge {
 
     /// Names in its directory, sorted.
     pub(crate) fn files(directory: &Path) -> Vec<OsString> {
-        let mut names: Vec<_> =
-            std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        let mut names: Vec<_> = std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         names.sort();
         names
-    }
-
-    /// Gives up the process and keeps the directory.
-    pub(crate) async fn ended_with_directory(self) -> (Ended, TempDir) {
-        let Self { mut child, directory, log, log_reader, .. } = self;
-        let status = within("the end of the bridge", child.wait()).await.unwrap();
-        within("the end of its log", log_reader).await.unwrap();
-        let log = log.lock().unwrap().clone();
-        (Ended { code: status.code(), log }, directory)
     }
 }
 

@@ -14,9 +14,6 @@ pub(crate) const SIZE: u16 = 64;
 /// Length of each buffer in bytes.
 pub(crate) const BUFFER_LEN: u32 = 4096;
 
-/// Bytes of memory that ring and buffers take.
-pub(crate) const FOOTPRINT: u64 = BUFFERS + SIZE as u64 * BUFFER_LEN as u64;
-
 const AVAILABLE: u64 = 0x1000;
 const USED: u64 = 0x2000;
 const BUFFERS: u64 = 0x1_0000;

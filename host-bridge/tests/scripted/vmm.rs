@@ -41,10 +41,10 @@ const HALF: u64 = 2 << 20;
 /// Where the VMM's own process has mapped its memory and the window: far from each other and from the guest's addresses.
 const LOW_USER: u64 = 0x7e00_0000_0000;
 const HIGH_USER: u64 = 0x7e40_0000_0000;
-const WINDOW_USER: u64 = 0x7ec0_0000_0000;
+pub(crate) const WINDOW_USER: u64 = 0x7ec0_0000_0000;
 
 /// Guest-physical address of the window.
-const WINDOW_BAR: u64 = 0x38_0000_0000;
+pub(crate) const WINDOW_BAR: u64 = 0x38_0000_0000;
 
 const WINDOW_RING: u64 = 0x10_0000;
 
@@ -133,6 +133,8 @@ pub(crate) struct Vmm {
     /// One permit for each configuration interrupt of the control device.
     pub(crate) config_interrupts: Arc<Semaphore>,
     shared: Arc<Shared>,
+    /// The same sockets as the device tasks have.
+    window_back: UnixStream,
 }
 
 impl Vmm {
@@ -151,11 +153,14 @@ impl Vmm {
         let shared = Arc::new(Shared { ram, mappings, verdicts, journal, asked });
         let config_interrupts = Arc::new(Semaphore::new(0));
         let (control, control_back) = Device::realize(&directory.join("control.sock"), 2).await;
-        let (window, window_back) = Device::realize(&directory.join("window.sock"), 1).await;
+        let (window, window_stream) = Device::realize(&directory.join("window.sock"), 1).await;
+        let window_back = window_stream.try_clone().unwrap();
         let doorbell = Doorbell::realize(&directory.join("doorbell.sock")).await;
+        let control_back = MessageSocket::new(control_back).unwrap();
+        let window_stream = MessageSocket::new(window_stream).unwrap();
         tokio::spawn(count_interrupts(control_back, Arc::clone(&config_interrupts), shared.journal.clone()));
-        tokio::spawn(serve_mappings(window_back, Arc::clone(&shared), [Arc::clone(&control), Arc::clone(&window)]));
-        Self { control, window, doorbell, config_interrupts, shared }
+        tokio::spawn(serve_mappings(window_stream, Arc::clone(&shared), [Arc::clone(&control), Arc::clone(&window)]));
+        Self { control, window, doorbell, config_interrupts, shared, window_back }
     }
 
     pub(crate) fn journal(&self) -> Journal {
@@ -185,6 +190,17 @@ impl Vmm {
     pub(crate) async fn reset_window(&self) {
         self.window.stop().await;
         self.shared.mappings.lock().unwrap().clear();
+    }
+
+    /// Answers on the window's back channel what nobody has asked.
+    pub(crate) async fn answers_unasked(&self) {
+        let back_channel = MessageSocket::new(self.window_back.try_clone().unwrap()).unwrap();
+        back_channel.send(&BackEndReply::<OwnedFd>::Acknowledgement(0).encode(9)).await.unwrap();
+    }
+
+    /// Hands out the memory table to the control device, and waits for nothing.
+    pub(crate) async fn hands_out_memory(&self) {
+        self.control.post(&FrontEndRequest::SetMemTable(self.shared.table()).encode(false)).await;
     }
 
     /// What the VMM does with the next mappings.
@@ -234,17 +250,18 @@ pub(crate) struct Device {
     main: tokio::sync::Mutex<MessageSocket>,
     stream: UnixStream,
     queue_count: u32,
-    config_len: usize,
+    /// The configuration space as it was read last.
+    config: Mutex<Vec<u8>>,
     running: AtomicBool,
 }
 
 impl Device {
     /// Connects and sets up, as QEMU does before the guest runs. Answers the device and its back channel.
-    async fn realize(path: &Path, queue_count: u32) -> (Arc<Self>, MessageSocket) {
+    async fn realize(path: &Path, queue_count: u32) -> (Arc<Self>, UnixStream) {
         let stream = UnixStream::connect(path).unwrap();
         let main = tokio::sync::Mutex::new(MessageSocket::new(stream.try_clone().unwrap()).unwrap());
-        let config_len = if queue_count == 2 { CONFIG_LEN } else { 16 };
-        let device = Self { main, stream, queue_count, config_len, running: AtomicBool::new(false) };
+        let config = Mutex::new(vec![0; if queue_count == 2 { CONFIG_LEN } else { 16 }]);
+        let device = Self { main, stream, queue_count, config, running: AtomicBool::new(false) };
         let features = Features::from_bits_retain(device.number(FrontEndRequest::GetFeatures).await);
         assert!(features.contains(Features::VERSION_1 | Features::PROTOCOL_FEATURES), "{features:?}");
         let protocol = device.number(FrontEndRequest::GetProtocolFeatures).await;
@@ -266,7 +283,7 @@ impl Device {
             assert!(config.regions.iter().map(|(_, len)| len).sum::<u64>().is_power_of_two(), "{config:?}");
         }
         device.read_config().await;
-        (Arc::new(device), MessageSocket::new(ours).unwrap())
+        (Arc::new(device), ours)
     }
 
     /// Starts all vrings.
@@ -279,8 +296,7 @@ impl Device {
             self.done(FrontEndRequest::SetVringBase(state(0))).await;
             let (descriptors, available, used) = ring.addresses();
             let [descriptors, available, used] = [descriptors, available, used].map(user_address);
-            let addresses =
-                VringAddresses { index: u32::from(index), flags: 0, descriptors, used, available, log: 0 };
+            let addresses = VringAddresses { index: u32::from(index), flags: 0, descriptors, used, available, log: 0 };
             self.done(FrontEndRequest::SetVringAddr(addresses)).await;
             let file = |descriptor| VringFile { index, descriptor: Some(descriptor) };
             self.done(FrontEndRequest::SetVringKick(file(ring.kick.try_clone().unwrap()))).await;
@@ -305,15 +321,28 @@ impl Device {
 
     /// Reads the whole configuration space.
     pub(crate) async fn read_config(&self) -> Vec<u8> {
-        let wanted = ConfigSpace { offset: 0, flags: 0, bytes: vec![0; self.config_len] };
+        let wanted = ConfigSpace { offset: 0, flags: 0, bytes: self.config.lock().unwrap().clone() };
         match self.request(FrontEndRequest::GetConfig(wanted)).await {
-            FrontEndReply::Config(Some(config)) => config.bytes,
+            FrontEndReply::Config(Some(config)) => {
+                self.config.lock().unwrap().clone_from(&config.bytes);
+                config.bytes
+            }
             other => panic!("expected the configuration space, {other:?} came"),
         }
     }
 
-    /// The guest writes into the configuration space.
-    pub(crate) async fn write_config(&self, offset: u32, bytes: Vec<u8>) {
+    /// The guest writes into the configuration space. QEMU changes what it has read last, and sends all of it.
+    pub(crate) async fn write_config(&self, offset: usize, bytes: &[u8]) {
+        let whole = {
+            let mut config = self.config.lock().unwrap();
+            config[offset..offset + bytes.len()].copy_from_slice(bytes);
+            config.clone()
+        };
+        self.write_part_of_config(0, whole).await;
+    }
+
+    /// The VMM sends a part of the configuration space, as the specification allows.
+    pub(crate) async fn write_part_of_config(&self, offset: u32, bytes: Vec<u8>) {
         self.done(FrontEndRequest::SetConfig(ConfigSpace { offset, flags: 0, bytes })).await;
     }
 

@@ -9,7 +9,7 @@ use vvu_protocol::window::{ALIGNMENT, MEMORY_OFFSET};
 
 use crate::scripted::front_end::{DriverMemory, FrontEnd};
 use crate::scripted::vmm::Verdict;
-use crate::scripted::{Scene, WINDOW_LEN, told};
+use crate::scripted::{Scene, WINDOW_LEN, identity, told};
 
 use FrontEndRequest as R;
 
@@ -241,6 +241,9 @@ async fn maps_only_the_appliance(scene: &mut Scene, front_end: &mut FrontEnd, me
     let mapped = scene.bridge.mapped_files();
     assert!(mapped.contains(&scene.vmm.ram_identity()), "the appliance's memory is mapped");
     assert!(!mapped.contains(&memory.identity()), "driver memory is mapped");
+    let header = identity(scene.vmm.header().expect("the header"));
+    assert_eq!(scene.vmm.lists(header), 1, "the appliance's memory table lists the header");
+    assert!(!mapped.contains(&header), "the window's header is mapped");
 }
 
 /// A mapping's place does not change as long as its file is in the table, and a freed place is used again.

@@ -161,7 +161,7 @@ async fn a_front_end_waits_for_the_window() {
 /// What belongs to another session is dropped: it neither answers a request of this one nor ends it.
 #[tokio::test]
 async fn frames_of_another_session_are_ignored() {
-    let (mut scene, mut first) = Scene::connected().await;
+    let (mut scene, first) = Scene::connected().await;
     first.send(R::SetOwner, true).await;
     scene.agent.request().await;
     drop(first);
@@ -218,10 +218,16 @@ async fn requests_of_the_back_end_are_refused() {
 async fn the_agent_writes_one_bit_of_the_configuration_space() {
     let scene = Scene::ready().await;
     let before = scene.agent.config().await;
-    for (offset, len) in [(4, 4), (8, 16), (36, 4), (40, 8), (0, 1), (0, 8), (2, 4), (60, 4), (0, 64)] {
-        scene.vmm.control.write_config(offset, vec![0xff; len]).await;
+    for (offset, len) in [(4, 4), (8, 16), (36, 4), (40, 8), (0, 8), (60, 4), (0, 64)] {
+        scene.vmm.control.write_config(offset, &vec![0xff; len]).await;
         assert_eq!(scene.agent.config().await, before, "{len} bytes at {offset}");
     }
+    for (offset, len) in [(0, 0), (0, 3), (1, 4), (4, 60), (63, 1), (64, 4), (252, 4)] {
+        scene.vmm.control.write_part_of_config(offset, vec![0; len]).await;
+        assert_eq!(scene.agent.config().await, before, "a part of {len} bytes at {offset}");
+    }
+    scene.vmm.control.write_part_of_config(0, vec![0; 4]).await;
+    assert_eq!(scene.agent.config().await.status, Status::empty());
     scene.agent.set_status(Status::from_bits_retain(u32::MAX)).await;
     assert_eq!(scene.agent.config().await, before);
 }

@@ -8,9 +8,7 @@ use vvu_protocol::control::{Handle, Status};
 use vvu_protocol::dax;
 use vvu_protocol::doorbell::{PeerId, Vector};
 use vvu_protocol::features::{Features, ProtocolFeatures};
-use vvu_protocol::message::{
-    ConfigSpace, FrontEndReply, FrontEndRequest, VringAddresses, VringFile, VringState,
-};
+use vvu_protocol::message::{ConfigSpace, FrontEndReply, FrontEndRequest, VringAddresses, VringFile, VringState};
 use vvu_protocol::window::{ALIGNMENT, HEADER_LEN, Layout, MEMORY_OFFSET};
 use vvu_socket::event;
 
