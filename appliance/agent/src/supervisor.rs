@@ -192,6 +192,15 @@ impl Supervisor {
     }
 }
 
+impl Drop for Supervisor {
+    /// A device set that has ended leaves no back-end behind.
+    fn drop(&mut self) {
+        if let Some(child) = &self.child {
+            child.kill();
+        }
+    }
+}
+
 /// Waits for the end of a child; for ever if there is none.
 async fn exited(child: &mut Option<Child>) -> Exit {
     match child {

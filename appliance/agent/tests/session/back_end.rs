@@ -31,7 +31,7 @@ pub(crate) enum Script {
     Refusing,
     /// Dies of GET_VRING_BASE.
     Dying,
-    /// Does not answer GET_VRING_BASE.
+    /// Does not answer GET_VRING_BASE, but signals a call when it comes.
     Silent,
     /// Answers GET_VRING_BASE with the reply to another request.
     Lying,
@@ -71,6 +71,8 @@ pub(crate) fn program(script: Script, directory: &Path) -> BackEndProgram {
 #[ignore = "the back-end of the other tests, which start it as a process"]
 fn scripted() {
     let name = std::env::var(SCRIPT).expect("this is no test by itself");
+    // A test that fails leaves no process behind.
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL)).unwrap();
     let script = SCRIPTS.into_iter().find(|script| format!("{script:?}") == name).unwrap();
     if script == Script::StillBorn {
         std::process::exit(3);
@@ -102,7 +104,8 @@ impl Connection {
     async fn serve(mut self, mut socket: MessageSocket) -> Vec<(MemoryRegion, OwnedFd)> {
         loop {
             let message = tokio::select! {
-                message = socket.recv() => message.unwrap(),
+                // A front-end that closes while a message is on its way shows as an error.
+                message = socket.recv() => message.unwrap_or(None),
                 () = kicked(self.kick.as_ref()) => {
                     event::signal(self.call.as_ref().unwrap()).unwrap();
                     continue;
@@ -117,6 +120,7 @@ impl Connection {
             assert!(row.reply == ReplyPayload::None || !asks, "{} has a reply of its own", row.name);
             let reply = self.handle(request);
             if self.script == Script::Silent && row.name == "GET_VRING_BASE" {
+                self.call.iter().for_each(|call| event::signal(call).unwrap());
                 continue;
             }
             if self.script == Script::Chatty && row.name == "SET_OWNER" {

@@ -136,10 +136,18 @@ fn start_sequence() -> Vec<(Request, FrontEndReply<Handle>)> {
 }
 
 async fn start(stage: &Stage) {
+    // The answer is the back-end's own.
+    assert!(matches!(stage.bridge.ask(Request::GetProtocolFeatures).await, FrontEndReply::Number(_)));
     for (request, answer) in start_sequence() {
         let name = request.name();
         assert_eq!(stage.bridge.ask(request).await, answer, "{name}");
     }
+}
+
+/// What the back-end signals by the call eventfd of [`start_sequence`].
+fn called(stage: &Stage) -> Event {
+    let eventfd = stage.eventfds.clone().peer(PeerId(2)).unwrap();
+    Event::new(eventfd.try_clone().unwrap()).unwrap()
 }
 
 async fn process_id(stage: &Stage) -> u64 {
@@ -150,8 +158,6 @@ async fn process_id(stage: &Stage) -> u64 {
 }
 
 async fn a_driver_is_served(stage: &Stage) {
-    // Before the sequence: the protocol features that it negotiates are the back-end's own.
-    assert!(matches!(stage.bridge.ask(Request::GetProtocolFeatures).await, FrontEndReply::Number(_)));
     start(stage).await;
     // The two regions around the hole have become one, so there are two marks: at each region's place in the window.
     for offset in [0, 8 << 20] {
@@ -161,10 +167,9 @@ async fn a_driver_is_served(stage: &Stage) {
         assert_eq!(found, MARK, "at {offset:#x}");
         stage.window.write_all_at(&[0; MARK.len()], place).unwrap();
     }
-    let mut doorbell = stage.eventfds.clone();
-    let call = Event::new(doorbell.peer(PeerId(2)).unwrap().try_clone().unwrap()).unwrap();
+    let call = called(stage);
     for _ in 0..3 {
-        event::signal(doorbell.vector(Vector(1)).unwrap()).unwrap();
+        event::signal(stage.eventfds.vector(Vector(1)).unwrap()).unwrap();
         call.signalled().await.unwrap();
     }
     let stopped = stage.bridge.ask(Request::GetVringBase(state(0))).await;
@@ -397,8 +402,7 @@ fn a_front_end_that_goes_while_it_waits_leaves_nothing_behind() {
             let first = process_id(stage).await;
             start(stage).await;
             stage.bridge.send(Request::GetVringBase(state(0)));
-            // Taken by the agent by the time that the back-end's process has the next turn.
-            tokio::time::sleep(Duration::from_millis(50)).await;
+            called(stage).signalled().await.unwrap();
             stage.bridge.disconnect();
             stage.bridge.connect().await;
             assert_eq!(process_id(stage).await, first);
