@@ -57,7 +57,7 @@ pub enum Scope {
 
 type Waiting = Rc<RefCell<BTreeMap<i32, oneshot::Sender<Exit>>>>;
 
-/// Starts child processes. [`Reaper::run`] has to be running for their ends to be seen.
+/// Starts child processes. [`ReaperTask::run`] has to be running for their ends to be seen.
 #[derive(Debug, Clone)]
 pub struct Reaper {
     waiting: Waiting,

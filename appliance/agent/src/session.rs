@@ -39,7 +39,7 @@ use crate::control::{ControlError, ControlEvent, ControlPort};
 use crate::doorbell::Doorbell;
 use crate::in_one_line;
 use crate::supervisor::Supervisor;
-use crate::translate::{Descriptor, translate};
+use crate::translate::{Descriptor, Refusal, translate};
 use crate::uuid::Uuid;
 use crate::window::Window;
 
@@ -49,6 +49,9 @@ pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 /// What a refused request is answered with: "anything else" than 0 (control profile, "Frame", rule 2). A bridge that waits for
 /// a reply of another form ends the session, which is right for a request that it should not have sent.
 const REFUSED: u64 = 1;
+
+/// Refusals of one session that are logged as warnings: a front-end can cause as many as it likes.
+const REFUSALS_LOGGED: u32 = 16;
 
 /// State of a device set, as the status field of the control device shows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,12 +89,14 @@ pub struct DeviceSet<P, D> {
     window: Window,
     supervisor: Supervisor,
     state: State,
+    /// Refusals in this session.
+    refusals: u32,
 }
 
 impl<P: ControlPort, D: Doorbell> DeviceSet<P, D> {
     /// Puts a device set together. Its status is down.
     pub const fn new(uuid: Uuid, port: P, doorbell: D, window: Window, supervisor: Supervisor) -> Self {
-        Self { uuid, port, doorbell, window, supervisor, state: State::Down }
+        Self { uuid, port, doorbell, window, supervisor, state: State::Down, refusals: 0 }
     }
 
     /// Serves one front-end after the other, for ever. A back-end that was given up leaves the set down.
@@ -193,7 +198,7 @@ impl<P: ControlPort, D: Doorbell> DeviceSet<P, D> {
         let (code, name) = (request.code(), request.name());
         let reply = match translate(request, &self.window, &mut self.doorbell) {
             Err(refusal) => {
-                warn!(set = %self.uuid, code, "{name} is refused: {}", in_one_line(&refusal));
+                self.log_refusal(code, name, &refusal);
                 FrontEndReply::Acknowledgement(REFUSED)
             }
             Ok(request) => match self.exchange(request, link).await? {
@@ -240,7 +245,19 @@ impl<P: ControlPort, D: Doorbell> DeviceSet<P, D> {
         }
     }
 
+    fn log_refusal(&mut self, code: u32, name: &str, refusal: &Refusal) {
+        self.refusals = self.refusals.saturating_add(1);
+        if self.refusals <= REFUSALS_LOGGED {
+            warn!(set = %self.uuid, code, "{name} is refused: {}", in_one_line(refusal));
+        } else {
+            debug!(set = %self.uuid, code, "{name} is refused: {}", in_one_line(refusal));
+        }
+    }
+
     fn set_state(&mut self, state: State) {
+        if matches!(state, State::Connected { .. }) {
+            self.refusals = 0;
+        }
         info!(set = %self.uuid, "{:?} -> {state:?}", self.state);
         self.state = state;
     }
