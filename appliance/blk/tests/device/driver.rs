@@ -3,6 +3,7 @@
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::Path;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures};
@@ -96,9 +97,9 @@ impl FrontEnd {
         self.frontend.set_mem_table(&self.regions).unwrap();
     }
 
-    /// Takes the memory away under the device. Nothing may look at it afterwards.
-    pub(crate) fn cut_memory(&self) {
-        self.files.iter().for_each(|file| file.set_len(0).unwrap());
+    /// Takes the memory of one region away under the device. Nothing may look at it afterwards.
+    pub(crate) fn cut_memory(&self, region: usize) {
+        self.files[region].set_len(0).unwrap();
     }
 
     pub(crate) fn config(&mut self) -> Vec<u8> {
@@ -383,6 +384,15 @@ impl Queue {
             }
             wait_event(&self.call, "call");
         }
+    }
+}
+
+/// Waits for what no event tells of.
+pub(crate) fn wait_until(what: &str, mut happened: impl FnMut() -> bool) {
+    let deadline = Instant::now() + LIMIT;
+    while !happened() {
+        assert!(Instant::now() < deadline, "{what} did not happen within {LIMIT:?}");
+        std::thread::yield_now();
     }
 }
 

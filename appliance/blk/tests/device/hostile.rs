@@ -7,7 +7,9 @@ use vhost::vhost_user::VhostUserFrontend;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::driver::{DATA, Desc, FrontEnd, INDIRECT, INDIRECT_FLAG, NEXT, Queue, REGION_LEN, Req, WRITE, wait_event};
+use crate::driver::{
+    DATA, Desc, FrontEnd, INDIRECT, INDIRECT_FLAG, NEXT, Queue, REGION_LEN, Req, WRITE, wait_event, wait_until,
+};
 use crate::process::{ImageFile, Program};
 
 const SIZE: u16 = 16;
@@ -292,9 +294,7 @@ fn a_call_event_that_blocks_does_not_block_the_device() {
         queue.offer_request(&front_end.memory, 0, &Req::read(0, DATA, 512));
         queue.publish(&front_end.memory);
         queue.kick();
-        while queue.take_used(&front_end.memory).is_none() {
-            std::thread::yield_now();
-        }
+        wait_until("completion", || queue.take_used(&front_end.memory).is_some());
     }
     // Neither stopping the ring nor ending the connection waits for it.
     assert_eq!(queue.stop(&front_end), 3);
@@ -315,7 +315,7 @@ fn memory_that_is_cut_under_the_device_breaks_its_rings_only() {
     // One request is offered with all of its memory, and then there is none.
     queues[0].offer_request(&front_end.memory, 0, &Req::write(0, DATA + 1, 4096));
     queues[0].publish(&front_end.memory);
-    front_end.cut_memory();
+    front_end.cut_memory(0);
     for queue in &queues {
         queue.kick();
         wait_event(&queue.error, "err");
@@ -327,6 +327,25 @@ fn memory_that_is_cut_under_the_device_breaks_its_rings_only() {
     assert_eq!(image.content()[..4096], [5; 4096], "nothing made up is written");
     let mut front_end = FrontEnd::connect(&program);
     front_end.queue(0, 16).run_ok(&front_end.memory, &Req::read(0, DATA, 512));
+}
+
+#[test]
+fn data_that_is_cut_under_a_request_is_an_error_and_nothing_made_up_is_written() {
+    let image = ImageFile::new(1 << 20);
+    std::fs::write(image.path(), vec![5; 1 << 20]).unwrap();
+    let mut program = Program::start(&image.path(), &[]);
+    let mut front_end = FrontEnd::connect(&program);
+    let mut queue = front_end.queue(0, 16);
+    // The rings stay; what is to be written in place lies in the region that goes away.
+    queue.offer_request(&front_end.memory, 0, &Req::write(0, REGION_LEN + 4096, 4096));
+    queue.publish(&front_end.memory);
+    front_end.cut_memory(1);
+    queue.kick();
+    assert_eq!(queue.wait_used(&front_end.memory).0, 0);
+    assert_eq!(queue.status(&front_end.memory, 0), 1);
+    wait_event(&queue.error, "err");
+    assert!(image.content().iter().all(|byte| *byte == 5));
+    assert!(program.is_alive());
 }
 
 #[test]

@@ -6,6 +6,8 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
 /// Longest wait for anything. Only a failure takes this long.
 pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 
@@ -124,6 +126,11 @@ impl Program {
     }
 
     pub(crate) fn wait(&mut self) -> ExitStatus {
+        let process = rustix::process::Pid::from_child(&self.child);
+        let ended = rustix::process::pidfd_open(process, rustix::process::PidfdFlags::empty()).unwrap();
+        let limit = Timespec { tv_sec: LIMIT.as_secs().cast_signed(), tv_nsec: 0 };
+        let count = poll(&mut [PollFd::new(&ended, PollFlags::IN)], Some(&limit)).unwrap();
+        assert_eq!(count, 1, "the program does not end");
         self.child.wait().unwrap()
     }
 }

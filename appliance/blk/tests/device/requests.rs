@@ -8,6 +8,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::driver::{
     CONFIG_WCE, DATA, EVENT_IDX, FLUSH, FrontEnd, READ_ONLY, REGION_LEN, Req, is_signalled, noise, wait_event,
+    wait_until,
 };
 use crate::process::{ImageFile, Program};
 
@@ -394,9 +395,7 @@ fn event_idx_asks_and_is_asked_for_notifications() {
             break;
         }
         // Without an interrupt there is only the used index to look at.
-        while queue.used_index(&front_end.memory) != request + 1 {
-            std::thread::yield_now();
-        }
+        wait_until("completion", || queue.used_index(&front_end.memory) == request + 1);
         assert!(!is_signalled(&queue.call, 0), "notified of completion {request}");
     }
     wait_event(&queue.call, "call");
@@ -417,9 +416,7 @@ fn without_event_idx_the_interrupt_flag_counts() {
     queue.offer_request(&front_end.memory, 0, &Req::read(0, DATA, 512));
     queue.publish(&front_end.memory);
     queue.kick();
-    while queue.take_used(&front_end.memory).is_none() {
-        std::thread::yield_now();
-    }
+    wait_until("completion", || queue.take_used(&front_end.memory).is_some());
     // GET_VRING_BASE is answered after the last notification would have been sent.
     assert_eq!(queue.stop(&front_end), 2);
     assert!(!is_signalled(&queue.call, 0));
