@@ -54,7 +54,7 @@ impl From<Setup> for SetupOptions {
 
 #[derive(Debug, Args)]
 pub(crate) struct Test {
-    /// Leave out what starts machines, and what those need
+    /// Leave out the image and the whole-machine tests
     #[arg(long)]
     pub(crate) no_machines: bool,
     /// Of the whole-machine tests, run those with this in their name

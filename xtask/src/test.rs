@@ -1,8 +1,10 @@
 //! Every check, in the order in which they are cheap. Nothing stops at the first failure.
 
-use std::io::{BufRead, BufReader};
+use std::io::{self, BufRead, BufReader};
 use std::process::{Command, Stdio};
-use std::time::Instant;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 
@@ -16,6 +18,9 @@ const SETUP: &str = "set-up";
 const IMAGE: &str = "image";
 const PROGRAMS: &str = "programs";
 
+/// How often the end of a silent `cargo test` is looked for.
+const EXIT_CHECK: Duration = Duration::from_millis(500);
+
 /// Runs all checks, prints the report, and says whether all passed.
 pub(crate) fn run(workspace: &Workspace, options: &Test) -> anyhow::Result<bool> {
     let mut report = Report::default();
@@ -28,6 +33,8 @@ pub(crate) fn run(workspace: &Workspace, options: &Test) -> anyhow::Result<bool>
     check(&mut report, "documents", || {
         run_command(cargo(&["doc", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "--deny warnings"))
     });
+    // Before the unit tests: those of the launcher ask the real QEMU what it can do.
+    check(&mut report, SETUP, || image::ensure_setup().map(drop));
     let unit = ["test", "--workspace", "--exclude", "vvu-tests", "--no-fail-fast"];
     tests(&mut report, "unit and property tests", &mut cargo(&unit));
     let harness = ["test", "--package", "vvu-tests", "--lib", "--no-fail-fast"];
@@ -40,7 +47,6 @@ pub(crate) fn run(workspace: &Workspace, options: &Test) -> anyhow::Result<bool>
 }
 
 fn machines(report: &mut Report, workspace: &Workspace, filter: Option<&str>) {
-    check(report, SETUP, || image::ensure_setup().map(drop));
     if report.has_passed(SETUP) {
         check(report, IMAGE, || image::build(workspace).map(drop));
         check(report, "image is reproducible", || image::check_reproducible(workspace));
@@ -85,13 +91,36 @@ fn tests(report: &mut Report, step: &'static str, command: &mut Command) {
 fn run_tests(command: &mut Command) -> anyhow::Result<Outcome> {
     let mut child = command.stdout(Stdio::piped()).spawn().context("cannot start cargo test")?;
     let mut lines = TestLines::default();
-    if let Some(stdout) = child.stdout.take() {
+    let stdout = child.stdout.take().context("cargo test has no output")?;
+    let (sender, printed) = mpsc::channel();
+    // A process that a test leaves behind keeps the pipe open: the end of cargo test counts, not the end of its output.
+    thread::spawn(move || {
         for line in BufReader::new(stdout).lines() {
-            let line = line.context("cannot read the output of cargo test")?;
-            println!("{line}");
-            lines.handle_line(&line);
+            let received = line.is_ok();
+            if sender.send(line).is_err() || !received {
+                return;
+            }
         }
-    }
-    let status = child.wait().context("cannot wait for cargo test")?;
+    });
+    let status = loop {
+        match printed.recv_timeout(EXIT_CHECK) {
+            Ok(line) => take_line(&mut lines, line)?,
+            Err(RecvTimeoutError::Disconnected) => break child.wait(),
+            Err(RecvTimeoutError::Timeout) => match child.try_wait() {
+                Ok(None) => {}
+                Ok(Some(status)) => break Ok(status),
+                Err(error) => break Err(error),
+            },
+        }
+    };
+    let status = status.context("cannot wait for cargo test")?;
+    printed.try_iter().try_for_each(|line| take_line(&mut lines, line))?;
     Ok(lines.finish(status.success()))
+}
+
+fn take_line(lines: &mut TestLines, line: io::Result<String>) -> anyhow::Result<()> {
+    let line = line.context("cannot read the output of cargo test")?;
+    println!("{line}");
+    lines.handle_line(&line);
+    Ok(())
 }

@@ -1,6 +1,5 @@
 //! `vvu-blk`: see the library's text and `--help`.
 
-use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use anyhow::Context;
@@ -19,11 +18,7 @@ fn main() -> ExitCode {
         Err(message) => Cli::command().error(ErrorKind::MissingRequiredArgument, message).exit(),
     };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_unset| EnvFilter::new("info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .init();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
     match vvu_blk::daemon::run(&options).context("vvu-blk") {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
