@@ -39,6 +39,7 @@ struct Seen {
     mapped_by_appliance: u64,
     bridge: Moved,
     appliance: Moved,
+    bridge_has_image: bool,
     appliance_own_memory: u64,
 }
 
@@ -93,7 +94,7 @@ fn play(testbed: &Testbed, start: Instant) -> Result<()> {
 
     story.step("Look at who did what, from the host");
     Files::unmount(&mut vm)?;
-    let seen = observe(&run, &vm)?;
+    let seen = observe(&run, &vm, &image)?;
     vm.power_off()?;
     let counters = run.await_counters()?;
     tell_who_did_what(&story, &seen, &counters)?;
@@ -117,10 +118,12 @@ fn play(testbed: &Testbed, start: Instant) -> Result<()> {
     Ok(())
 }
 
-fn observe(run: &VvuRun, vm: &DriverVm) -> Result<Seen> {
+fn observe(run: &VvuRun, vm: &DriverVm, image: &Path) -> Result<Seen> {
     let memory = evidence::guest_memory(vm.qemu().pid())?;
     let (appliance_own_memory, _) = evidence::memory_without(run.appliance().pid(), &memory)?;
+    ensure!(evidence::has_open(run.appliance().pid(), image)?, "the appliance VM does not have the image open");
     Ok(Seen {
+        bridge_has_image: evidence::has_open(run.bridge().pid(), image)?,
         driver_memory: memory.iter().map(|map| map.len).sum(),
         mapped_by_bridge: evidence::bytes_mapped_of(run.bridge().pid(), &memory)?,
         mapped_by_appliance: evidence::bytes_mapped_of(run.appliance().pid(), &memory)?,
@@ -133,27 +136,30 @@ fn observe(run: &VvuRun, vm: &DriverVm) -> Result<Seen> {
 fn tell_who_did_what(story: &Story, seen: &Seen, counters: &BlkCounters) -> Result<()> {
     let Seen { driver_memory, mapped_by_bridge, mapped_by_appliance, bridge, appliance, .. } = seen;
     let calls = bridge.read_calls + bridge.write_calls;
-    story.note("                      maps of driver memory      bytes moved");
+    let of_driver_memory = |mapped: u64| format!("{} of {}", bytes(mapped), bytes(*driver_memory));
+    story.note("               maps of driver memory    bytes moved");
     story.note(&format!(
-        "bridge                {:<26} {} in messages and logs, {} of storage",
-        format!("{} of {}", bytes(*mapped_by_bridge), bytes(*driver_memory)),
+        "bridge         {:<24} {} of messages, events and log; the image is {}",
+        of_driver_memory(*mapped_by_bridge),
         bytes(calls),
-        bytes(bridge.storage_read + bridge.storage_written),
+        if seen.bridge_has_image { "open" } else { "not open" },
     ));
     story.note(&format!(
-        "appliance VM          {:<26} {} read, {} written of storage",
-        format!("{} of {}", bytes(*mapped_by_appliance), bytes(*driver_memory)),
+        "appliance VM   {:<24} {} read, {} written on the host's storage",
+        of_driver_memory(*mapped_by_appliance),
         bytes(appliance.storage_read),
         bytes(appliance.storage_written),
     ));
     story.note(&format!(
-        "back-end in it        its own counters:          {} read, {} written, {} zero-copy, {} bounced",
+        "  its vvu-blk  {:<24} {} read, {} written; {} without a copy, {} bounced",
+        "",
         bytes(counters.bytes_read),
         bytes(counters.bytes_written),
         bytes(counters.zero_copy_bytes),
         bytes(counters.bounced_bytes)
     ));
     ensure!(*mapped_by_bridge == 0, "the bridge maps driver memory");
+    ensure!(!seen.bridge_has_image, "the bridge has the image open");
     ensure!(mapped_by_appliance >= driver_memory, "the appliance VM does not map all of the driver VM's memory");
     let moved = counters.bytes_read + counters.bytes_written;
     ensure!(calls < moved / 2, "the bridge moved {calls} bytes, the back-end {moved}: data goes through the bridge");
@@ -161,29 +167,32 @@ fn tell_who_did_what(story: &Story, seen: &Seen, counters: &BlkCounters) -> Resu
 }
 
 fn print_picture(seen: &Seen, counters: &BlkCounters, image: &Path) -> Result<()> {
-    let memory = bytes(seen.driver_memory);
-    let requests = counters.reads + counters.writes + counters.flushes;
-    let zero_copy = bytes(counters.zero_copy_bytes);
     println!(
-        r"
-   driver VM                         host                          appliance VM
- +------------------+             +-----------------+            +--------------------+
- | ext4 on /dev/vda | vhost-user  | vvu-bridge      |  control   | vvu-agent          |
- |                  |<----------->| maps {mapped:<10} |<---------->|   |                |
- | memory           |   socket    | of the driver's |   device   | vvu-blk            |
- | {memory:<10}  <----+-------------+-- memory -------+----------->| {requests:<8} requests  |
- |                  |             |                 |   window   | {zero_copy:<10} no copy |
- | kick / call <----+-------------+-> {kicks:<8}     +----------->| {calls:<8} calls     |
- +------------------+             +-----------------+  doorbell  +---------+----------+
-                                                                           |
-                                                     {image} ({allocated})",
+        "
+    driver VM                       host                        appliance VM
+ +------------------+            +------------------+           +------------------+
+ | ext4 on /dev/vda | vhost-user | vvu-bridge       |  control  | vvu-agent        |
+ |        |         |<---------->| maps {mapped:<8}    |<--------->|   |              |
+ |        |         |   socket   | of driver memory |  device   |   |              |
+ |      memory <----+------------+------------------+-----------+-> vvu-blk        |
+ |   {memory:>9}      |            |                  |  window   |   {zero_copy:>9}      |
+ |                  |            |                  |           |   without a copy |
+ | {kicks:>6} kicks ----+------------+-> relayed -------+-----------+->                |
+ |        calls <---+------------+-- relayed <------+-----------+-- {calls:>6} calls   |
+ +------------------+            +------------------+  doorbell +---------+--------+
+                                                                          |
+                                                                {image} on the host
+                                                                {allocated} of {len} used",
         mapped = bytes(seen.mapped_by_bridge),
-        kicks = format!("{}", counters.kicks),
+        memory = bytes(seen.driver_memory),
+        zero_copy = bytes(counters.zero_copy_bytes),
+        kicks = counters.kicks,
         calls = counters.calls,
         image = image.file_name().unwrap_or_default().to_string_lossy(),
         allocated = bytes(allocated(image)?),
+        len = bytes(IMAGE_LEN),
     );
-    println!("   appliance VM's own memory on the host: {}", bytes(seen.appliance_own_memory));
+    println!("\n The appliance VM's own memory on the host: {}.", bytes(seen.appliance_own_memory));
     Ok(())
 }
 

@@ -81,9 +81,17 @@ pub struct DriverVmPlan<'a> {
     cpu: &'static str,
     disks: Vec<Disk>,
     cpus: u16,
-    memory_mib: u32,
-    below_4g_mib: Option<u32>,
+    memory: Memory,
     boot: Boot,
+}
+
+/// Where the memory of a driver VM is, in MiB.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Memory {
+    /// One file from address 0; at most `below_4g` below 4 GiB, the rest from there.
+    OneFile { all: u32, below_4g: Option<u32> },
+    /// Two NUMA nodes with a file each, one from address 0, one from 4 GiB.
+    TwoFiles { each: u32 },
 }
 
 impl<'a> DriverVmPlan<'a> {
@@ -96,8 +104,7 @@ impl<'a> DriverVmPlan<'a> {
             cpu: "max",
             disks: Vec::new(),
             cpus: 1,
-            memory_mib: 384,
-            below_4g_mib: None,
+            memory: Memory::OneFile { all: 384, below_4g: None },
             boot: Boot::Kernel,
         }
     }
@@ -127,8 +134,14 @@ impl<'a> DriverVmPlan<'a> {
     /// Sets the memory in MiB, and how much of it lies below 4 GiB of the guest's address space (at most 2 GiB).
     #[must_use]
     pub fn memory_mib(mut self, all: u32, below_4g: Option<u32>) -> Self {
-        self.memory_mib = all;
-        self.below_4g_mib = below_4g;
+        self.memory = Memory::OneFile { all, below_4g };
+        self
+    }
+
+    /// Gives the machine two NUMA nodes of `each` MiB, each with a memory file of its own: one below and one above 4 GiB.
+    #[must_use]
+    pub fn two_memory_files_mib(mut self, each: u32) -> Self {
+        self.memory = Memory::TwoFiles { each };
         self
     }
 
@@ -192,12 +205,9 @@ impl<'a> DriverVmPlan<'a> {
         let mut line = CommandLine::default();
         line.option("-name", format!("vvu-test-{}", self.name));
         line.option("-nodefaults", "-no-user-config").option("-display", "none").option("-vga", "none");
-        let below_4g = self.below_4g_mib.map(|mib| format!(",max-ram-below-4g={mib}M")).unwrap_or_default();
-        line.option("-machine", format!("q35,memory-backend=memory{below_4g}"));
         line.option("-accel", if kvm_is_usable() { "kvm" } else { "tcg,thread=multi" }).option("-cpu", self.cpu);
-        line.option("-smp", self.cpus.to_string()).option("-m", format!("{}M", self.memory_mib));
-        let memory = format!("memory-backend-memfd,id=memory,size={}M,share=on", self.memory_mib);
-        line.option("-object", memory);
+        line.option("-smp", self.cpus.to_string());
+        self.memory.push_options(&mut line);
         for (id, socket) in ["console", "shell", "qmp"].into_iter().zip(sockets) {
             line.option("-chardev", format!("socket,id={id},path={}", socket.display()));
         }
@@ -214,6 +224,25 @@ impl<'a> DriverVmPlan<'a> {
             line.option("-append", "console=ttyS0 loglevel=4 panic=0 hung_task_panic=0 random.trust_cpu=on");
         }
         line.0
+    }
+}
+
+impl Memory {
+    fn push_options(self, line: &mut CommandLine) {
+        let file = |id: &str, mib: u32| format!("memory-backend-memfd,id={id},size={mib}M,share=on");
+        match self {
+            Self::OneFile { all, below_4g } => {
+                let below_4g = below_4g.map(|mib| format!(",max-ram-below-4g={mib}M")).unwrap_or_default();
+                line.option("-machine", format!("q35,memory-backend=memory{below_4g}"));
+                line.option("-m", format!("{all}M")).option("-object", file("memory", all));
+            }
+            Self::TwoFiles { each } => {
+                line.option("-machine", format!("q35,max-ram-below-4g={each}M")).option("-m", format!("{}M", 2 * each));
+                for node in ["low", "high"] {
+                    line.option("-object", file(node, each)).option("-numa", format!("node,memdev={node}"));
+                }
+            }
+        }
     }
 }
 

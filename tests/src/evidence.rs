@@ -1,6 +1,8 @@
 //! What the host's `/proc` tells about who touches what.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 
@@ -89,6 +91,19 @@ pub fn memory_without(pid: u32, files: &[FileMap]) -> Result<(u64, u64)> {
     Ok((own.iter().map(|map| map.resident).sum(), own.iter().map(|map| map.proportional).sum()))
 }
 
+/// Whether process `pid` has `path` open.
+///
+/// # Errors
+/// If the process is gone or belongs to someone else, or there is no such file.
+pub fn has_open(pid: u32, path: &Path) -> Result<bool> {
+    let wanted = fs::metadata(path).with_context(|| format!("cannot look at {}", path.display()))?;
+    let folder = format!("/proc/{pid}/fd");
+    let descriptors = fs::read_dir(&folder).with_context(|| format!("cannot read {folder}"))?;
+    // A descriptor may be closed between the two looks.
+    let open = descriptors.flatten().filter_map(|descriptor| fs::metadata(descriptor.path()).ok());
+    Ok(open.into_iter().any(|file| file.dev() == wanted.dev() && file.ino() == wanted.ino()))
+}
+
 /// Bytes that a process has moved so far (`/proc/<pid>/io`, proc(5)).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Moved {
@@ -144,5 +159,8 @@ mod tests {
         let pid = std::process::id();
         assert!(maps(pid).unwrap().iter().any(|map| map.path == "[stack]"));
         assert!(moved(pid).unwrap().read_calls > 0);
+        let file = tempfile::NamedTempFile::new().unwrap();
+        assert!(has_open(pid, file.path()).unwrap());
+        assert!(!has_open(pid, Path::new("/proc/version")).unwrap());
     }
 }

@@ -154,6 +154,34 @@ fn large_requests_use_memory_below_and_above_4_gib() -> Result<()> {
     })
 }
 
+/// Path: requests of 64 KiB to 1 MiB of which each second page lies in another memory file, one below and one above 4 GiB:
+/// two spans of the window, and both in every request.
+#[test]
+fn large_requests_cross_memory_regions() -> Result<()> {
+    machine_test("large_requests_cross_memory_regions", |testbed| {
+        const BUFFERS_MIB: u64 = 32;
+        let image = image(testbed, 128 * MIB)?;
+        let served = serve(testbed, &ServedImage::writable(&image))?;
+        let mut vm = driver_vm(testbed, &served).two_memory_files_mib(256).boot()?;
+        vm.run("mkdir /interleaved && mount -t tmpfs -o size=64M,mpol=interleave:0-1 tmpfs /interleaved")?;
+        vm.run("truncate -s 40M /interleaved/buffers")?;
+        let command = format!(
+            "fio --name=crossing --filename=/dev/vda --direct=1 --ioengine=libaio --rw=randwrite --bsrange=64k-1m \
+             --iodepth={BUFFERS_MIB} --iomem=mmapshared:/interleaved/buffers --size=96M --verify=crc32c --verify_fatal=1"
+        );
+        vm.run(&command)?;
+        // The file of buffers is still there and tells where its pages are.
+        for node in [0, 1] {
+            let meminfo = vm.run(&format!("grep Shmem: /sys/devices/system/node/node{node}/meminfo"))?;
+            let kib: u64 = meminfo.split_whitespace().nth(3).unwrap_or_default().parse()?;
+            ensure!(kib >= BUFFERS_MIB * 1024 * 2 / 5, "node {node} holds only {kib} KiB of the buffers");
+        }
+        prove_who_maps_driver_memory(&served, &vm)?;
+        vm.power_off()?;
+        served.stop()
+    })
+}
+
 /// Path: DISCARD and WRITE_ZEROES, by block and by file system, down to the blocks that the image takes on the host.
 #[test]
 fn discard_gives_space_back() -> Result<()> {
