@@ -14,39 +14,50 @@ pub(crate) struct Outcome {
 }
 
 /// Reads the output of `cargo test` line by line.
+///
+/// A test may start its own binary again as the process under test, and that one's report is among the lines. It is not
+/// counted: the report that counts is as long as the binary's first line said.
 #[derive(Debug, Default)]
 pub(crate) struct TestLines {
     passed: u32,
-    failed: u32,
     failures: Vec<String>,
-    /// Whether the lines are names below "failures:".
-    in_names: bool,
+    /// Number of tests of the binary that is running.
+    running: Option<u32>,
+    /// Names below the last "failures:", while its lines come.
+    names: Option<Vec<String>>,
 }
 
 impl TestLines {
     /// Takes the next line.
     pub(crate) fn handle_line(&mut self, line: &str) {
-        if let Some(result) = line.strip_prefix("test result: ") {
-            self.passed += count(result, "passed");
-            self.failed += count(result, "failed");
-            self.in_names = false;
+        if let Some(tests) = line.strip_prefix("running ").and_then(|rest| rest.split(' ').next()?.parse().ok()) {
+            self.running.get_or_insert(tests);
+        } else if let Some(result) = line.strip_prefix("test result: ") {
+            self.handle_result(result);
         } else if line == "failures:" {
-            // libtest has two such blocks: outputs, then names. Only names are indented.
-            self.in_names = true;
-        } else if self.in_names
+            // libtest has two such blocks: outputs, then names. The second one replaces what looked like names.
+            self.names = Some(Vec::new());
+        } else if let Some(names) = &mut self.names
             && let Some(name) = line.strip_prefix("    ")
             && !name.contains(' ')
         {
-            self.failures.push(name.to_owned());
+            names.push(name.to_owned());
+        }
+    }
+
+    fn handle_result(&mut self, result: &str) {
+        let names = self.names.take().unwrap_or_default();
+        let tests: u32 = ["passed", "failed", "ignored", "measured"].map(|word| count(result, word)).iter().sum();
+        if self.running == Some(tests) {
+            self.running = None;
+            self.passed += count(result, "passed");
+            self.failures.extend(names);
         }
     }
 
     /// What it came to, given whether cargo ended well.
     pub(crate) fn finish(mut self, success: bool) -> Outcome {
-        // Output of a failed test may look like a name; libtest's numbers are right.
-        self.failures.sort();
-        self.failures.dedup();
-        if self.failures.len() < self.failed as usize || (!success && self.failures.is_empty()) {
+        if !success && (self.failures.is_empty() || self.running.is_some()) {
             self.failures.push(ENDED.to_owned());
         }
         Outcome { passed: self.passed, failures: self.failures }
@@ -137,8 +148,28 @@ test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; fini
     #[test]
     fn a_build_that_fails_and_a_test_that_dies_count_as_failures() {
         assert_eq!(read("", false), Outcome { passed: 0, failures: vec![ENDED.into()] });
-        let dies = "test result: ok. 3 passed; 0 failed; 0 ignored\nrunning 1 test\n";
+        let dies = "running 3 tests\ntest result: ok. 3 passed; 0 failed; 0 ignored\nrunning 1 test\n";
         assert_eq!(read(dies, false), Outcome { passed: 3, failures: vec![ENDED.into()] });
+    }
+
+    #[test]
+    fn the_report_of_a_binary_that_a_test_started_is_not_counted() {
+        let nested = "
+running 3 tests
+test child ... ignored
+
+running 1 test
+failures:
+    child
+
+test result: FAILED. 0 passed; 1 failed; 0 ignored; 0 measured; 2 filtered out; finished in 0.00s
+running 1 test
+test parent ... ok
+test other ... ok
+
+test result: ok. 2 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.10s
+";
+        assert_eq!(read(nested, true), Outcome { passed: 2, failures: vec![] });
     }
 
     #[test]

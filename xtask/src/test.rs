@@ -35,6 +35,7 @@ pub(crate) fn run(workspace: &Workspace, options: &Test) -> anyhow::Result<bool>
     });
     // Before the unit tests: those of the launcher ask the real QEMU what it can do.
     check(&mut report, SETUP, || image::ensure_setup().map(drop));
+    check(&mut report, PROGRAMS, || workspace.build_programs(Profile::Dev));
     let unit = ["test", "--workspace", "--exclude", "vvu-tests", "--no-fail-fast"];
     tests(&mut report, "unit and property tests", &mut cargo(&unit));
     let harness = ["test", "--package", "vvu-tests", "--lib", "--no-fail-fast"];
@@ -51,7 +52,6 @@ fn machines(report: &mut Report, workspace: &Workspace, filter: Option<&str>) {
         check(report, IMAGE, || image::build(workspace).map(drop));
         check(report, "image is reproducible", || image::check_reproducible(workspace));
     }
-    check(report, PROGRAMS, || workspace.build_programs(Profile::Dev));
     const STEP: &str = "whole machines";
     match [SETUP, IMAGE, PROGRAMS].into_iter().find(|step| !report.has_passed(step)) {
         Some(missing) => check(report, STEP, || anyhow::bail!("not run: it needs the step \"{missing}\"")),
@@ -114,7 +114,10 @@ fn run_tests(command: &mut Command) -> anyhow::Result<Outcome> {
         }
     };
     let status = status.context("cannot wait for cargo test")?;
-    printed.try_iter().try_for_each(|line| take_line(&mut lines, line))?;
+    // What was printed last may still be in the pipe.
+    while let Ok(line) = printed.recv_timeout(EXIT_CHECK) {
+        take_line(&mut lines, line)?;
+    }
     Ok(lines.finish(status.success()))
 }
 
