@@ -257,3 +257,71 @@ async fn relay_outward(peer: PeerId, source: Event, target: Rc<RefCell<Target>>)
         target.borrow_mut().deliver();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::task::LocalSet;
+
+    use super::*;
+
+    /// Doorbells of one queue, and the appliance's ends: vector, call.
+    fn doorbells() -> (Doorbells, OwnedFd, OwnedFd) {
+        let doorbells = Doorbells::new(1).unwrap();
+        let Announcement { mut vectors, mut peers } = doorbells.announce().unwrap();
+        (doorbells, vectors.remove(0), peers.remove(0).1)
+    }
+
+    #[tokio::test]
+    async fn a_kick_that_the_relay_has_not_seen_yet_counts() {
+        LocalSet::new()
+            .run_until(async {
+                let (mut doorbells, vector, _) = doorbells();
+                for next in [Some(event::create().unwrap()), None] {
+                    let kick = event::create().unwrap();
+                    doorbells.set_kick(0, Some(kick.try_clone().unwrap())).unwrap();
+                    event::signal(&kick).unwrap();
+                    // Nothing is awaited: the relay has no turn in between.
+                    doorbells.set_kick(0, next).unwrap();
+                    assert_eq!(event::take(&vector).unwrap(), Some(1));
+                }
+            })
+            .await;
+    }
+
+    #[tokio::test]
+    async fn a_vring_that_stops_passes_its_calls_on_at_once() {
+        LocalSet::new()
+            .run_until(async {
+                let (mut doorbells, vector, call) = doorbells();
+                let (kick, target) = (event::create().unwrap(), event::create().unwrap());
+                doorbells.set_kick(0, Some(kick.try_clone().unwrap())).unwrap();
+                doorbells.set_target(0, OutwardSignal::Call, Some(target.try_clone().unwrap())).unwrap();
+                event::signal(&call).unwrap();
+                event::signal(&kick).unwrap();
+                doorbells.stop(0).unwrap();
+                assert_eq!(event::take(&target).unwrap(), Some(1));
+                assert_eq!(event::take(&vector).unwrap(), None);
+            })
+            .await;
+    }
+
+    #[tokio::test]
+    async fn a_reset_forgets_what_was_signalled() {
+        LocalSet::new()
+            .run_until(async {
+                let (mut doorbells, vector, call) = doorbells();
+                let (kick, target) = (event::create().unwrap(), event::create().unwrap());
+                doorbells.set_kick(0, Some(kick.try_clone().unwrap())).unwrap();
+                doorbells.set_target(0, OutwardSignal::Call, Some(target.try_clone().unwrap())).unwrap();
+                event::signal(&call).unwrap();
+                event::signal(&kick).unwrap();
+                doorbells.reset().unwrap();
+                tokio::task::yield_now().await;
+                assert_eq!(event::take(&target).unwrap(), None);
+                assert_eq!(event::take(&vector).unwrap(), None);
+                doorbells.set_target(0, OutwardSignal::Call, Some(target.try_clone().unwrap())).unwrap();
+                assert_eq!(event::take(&target).unwrap(), None);
+            })
+            .await;
+    }
+}

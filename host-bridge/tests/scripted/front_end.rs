@@ -13,6 +13,7 @@ use vvu_protocol::memory::MemoryRegion;
 use vvu_protocol::message::{FrontEndReply, FrontEndRequest, VringFile};
 use vvu_socket::{MessageSocket, SocketError};
 
+use super::vmm::Vmm;
 use super::{Journal, identity, memory_file, within};
 
 /// Where the front-end's process has mapped driver memory: far from every other address space.
@@ -84,19 +85,21 @@ impl FrontEnd {
 
     /// Whether there is a message, or the end of the connection.
     pub(crate) fn has_message(&self) -> bool {
-        let mut readable = [PollFd::new(&self.stream, PollFlags::IN)];
-        poll(&mut readable, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).unwrap() != 0
+        self.ready_for(PollFlags::IN)
     }
 
-    /// Sends the same bytes until the bridge takes no more for a while, because nobody reads its answers.
-    pub(crate) async fn fills_socket(&self, bytes: &[u8]) {
-        loop {
-            let mut writable = [PollFd::new(&self.stream, PollFlags::OUT)];
-            let pause = Timespec { tv_sec: 0, tv_nsec: 200_000_000 };
-            if poll(&mut writable, Some(&pause)).unwrap() == 0 {
-                return;
+    fn ready_for(&self, what: PollFlags) -> bool {
+        let mut polled = [PollFd::new(&self.stream, what)];
+        poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).unwrap() != 0
+    }
+
+    /// Sends the same bytes until the bridge takes no more, because nobody reads its answers.
+    pub(crate) async fn fills_socket(&self, bytes: &[u8], vmm: &Vmm) {
+        while self.ready_for(PollFlags::OUT) {
+            while self.ready_for(PollFlags::OUT) {
+                self.socket.send_bytes(bytes, &[]).await.unwrap();
             }
-            self.socket.send_bytes(bytes, &[]).await.unwrap();
+            vmm.fence().await;
         }
     }
 }

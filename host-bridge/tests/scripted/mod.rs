@@ -1,13 +1,14 @@
 //! What stands around the bridge, scripted.
 //!
 //! - [`process`]: the bridge itself, started as its users start it;
-//! - [`vmm`]: the appliance's VMM, as QEMU's generic vhost-user devices and its doorbell device behave;
+//! - [`vmm`] and [`doorbell`]: the appliance's VMM, as QEMU's generic vhost-user devices and its doorbell device behave;
 //! - [`agent`]: the driver of the control device in the appliance, on the rings of [`ring`];
 //! - [`front_end`]: the driver VM's VMM.
 //!
 //! A [`Scene`] has all of them but the front-end, up to the point where a front-end may connect.
 
 pub(crate) mod agent;
+pub(crate) mod doorbell;
 pub(crate) mod front_end;
 pub(crate) mod process;
 pub(crate) mod ring;
@@ -42,9 +43,14 @@ pub(crate) const PROTOCOL: ProtocolFeatures =
 
 /// Waits for `event`; `what` says in the failure what did not come.
 pub(crate) async fn within<T>(what: &str, event: impl Future<Output = T>) -> T {
-    match tokio::time::timeout(PATIENCE, event).await {
+    within_limit(PATIENCE, what, event).await
+}
+
+/// Waits for `event` for as long as `limit`.
+pub(crate) async fn within_limit<T>(limit: Duration, what: &str, event: impl Future<Output = T>) -> T {
+    match tokio::time::timeout(limit, event).await {
         Ok(value) => value,
-        Err(_) => panic!("waited {PATIENCE:?} for {what}"),
+        Err(_) => panic!("waited {limit:?} for {what}"),
     }
 }
 

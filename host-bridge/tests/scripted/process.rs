@@ -4,6 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
@@ -12,7 +13,7 @@ use tokio::net::UnixDatagram;
 use tokio::process::{Child, Command};
 use tokio::task::JoinHandle;
 
-use super::{QUEUES, WINDOW_LEN, within};
+use super::{PATIENCE, QUEUES, WINDOW_LEN, within, within_limit};
 
 /// Identity of the device set in every scene.
 pub(crate) const UUID: &str = "6ba7b810-9dad-11d1-80b4-00c04fd430c8";
@@ -120,8 +121,13 @@ impl Bridge {
 
     /// Waits for its end, and answers what is left of its directory, too.
     pub(crate) async fn ended_with_directory(self) -> (Ended, TempDir) {
+        self.ended_within(PATIENCE).await
+    }
+
+    /// The same with a limit of its own.
+    pub(crate) async fn ended_within(self, limit: Duration) -> (Ended, TempDir) {
         let Self { mut child, directory, log, log_reader, .. } = self;
-        let status = within("the end of the bridge", child.wait()).await.unwrap();
+        let status = within_limit(limit, "the end of the bridge", child.wait()).await.unwrap();
         within("the end of its log", log_reader).await.unwrap();
         let log = log.lock().unwrap().clone();
         (Ended { code: status.code(), log }, directory)

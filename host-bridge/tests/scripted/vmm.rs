@@ -4,22 +4,17 @@
 //! answers a mapping: every mapping counts as memory of the appliance.
 
 use std::collections::VecDeque;
-use std::io::IoSliceMut;
-use std::mem::MaybeUninit;
 use std::net::Shutdown;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
-use tokio::io::Interest;
 use tokio::sync::{Semaphore, oneshot, watch};
 use vm_memory::{FileOffset as FileAt, GuestAddress as Physical, GuestMemoryMmap};
 use vvu_protocol::address::{FileOffset, GuestAddress, UserAddress};
 use vvu_protocol::control::CONFIG_LEN;
-use vvu_protocol::doorbell::{PeerId, Vector};
 use vvu_protocol::features::{Features, ProtocolFeatures};
 use vvu_protocol::memory::MemoryRegion;
 use vvu_protocol::message::{
@@ -27,10 +22,10 @@ use vvu_protocol::message::{
     VringFile, VringState,
 };
 use vvu_socket::MessageSocket;
-use vvu_socket::event::{self, Event};
 
+use super::doorbell::Doorbell;
 use super::ring::{self, DriverRing};
-use super::{Journal, QUEUES, identity, memory_file, unsealed_memory_file, within};
+use super::{Journal, identity, memory_file, unsealed_memory_file, within};
 
 /// Guest-physical address of the appliance's memory above 4 GiB. The memory below begins at 0.
 pub(crate) const HIGH_MEMORY: u64 = 0x1_0000_0000;
@@ -430,77 +425,5 @@ async fn serve_mappings(mut back_channel: MessageSocket, shared: Arc<Shared>, de
         }
         shared.journal.note(format!("{name} answered {answer}"));
         let _ = back_channel.send(&BackEndReply::<OwnedFd>::Acknowledgement(answer).encode(code)).await;
-    }
-}
-
-/// The doorbell device.
-#[derive(Debug)]
-pub(crate) struct Doorbell {
-    /// Bytes at the start of the shared memory.
-    pub(crate) uuid: [u8; 16],
-    vectors: Vec<Event>,
-    peers: Vec<(u16, OwnedFd)>,
-    stream: tokio::net::UnixStream,
-}
-
-impl Doorbell {
-    /// Connects, and takes everything that the server has for a new client.
-    async fn realize(path: &Path) -> Self {
-        let stream = UnixStream::connect(path).unwrap();
-        stream.set_nonblocking(true).unwrap();
-        let stream = tokio::net::UnixStream::from_std(stream).unwrap();
-        let mut doorbell = Self { uuid: [0; 16], vectors: Vec::new(), peers: Vec::new(), stream };
-        assert!(matches!(doorbell.message().await, (0, None)), "expected version 0");
-        assert!(matches!(doorbell.message().await, (0, None)), "expected the id of the appliance's own device");
-        let (-1, Some(shared)) = doorbell.message().await else { panic!("expected the shared memory") };
-        rustix::io::pread(&shared, &mut doorbell.uuid, 0).unwrap();
-        for _ in 0..QUEUES {
-            let (0, Some(vector)) = doorbell.message().await else { panic!("expected a vector") };
-            doorbell.vectors.push(Event::new(vector).unwrap());
-        }
-        // A call and an error for each queue.
-        for _ in 0..2 * QUEUES {
-            let (id, Some(peer)) = doorbell.message().await else { panic!("expected a peer") };
-            doorbell.peers.push((u16::try_from(id).unwrap(), peer));
-        }
-        doorbell
-    }
-
-    async fn message(&mut self) -> (i64, Option<OwnedFd>) {
-        let receive = || {
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-            let mut control = RecvAncillaryBuffer::new(&mut space);
-            let mut bytes = [0; 8];
-            let received = recvmsg(&self.stream, &mut [IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::empty())?;
-            assert_eq!(received.bytes, 8, "messages of an ivshmem server have 8 bytes");
-            let descriptor = control.drain().find_map(|message| match message {
-                RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
-                _ => None,
-            });
-            Ok((i64::from_le_bytes(bytes), descriptor))
-        };
-        within("a message for the doorbell device", self.stream.async_io(Interest::READABLE, receive)).await.unwrap()
-    }
-
-    /// Waits until the bridge signals a vector.
-    pub(crate) async fn rings(&self, vector: Vector) {
-        let event = &self.vectors[usize::from(vector.0)];
-        within(&format!("a signal at vector {}", vector.0), event.signalled()).await.unwrap();
-    }
-
-    /// Whether the bridge has signalled a vector since it was asked last.
-    pub(crate) fn has_rung(&self, vector: Vector) -> bool {
-        event::take(self.vectors[usize::from(vector.0)].as_fd()).unwrap().is_some()
-    }
-
-    /// The appliance writes a peer into the doorbell register.
-    pub(crate) fn ring(&self, peer: PeerId) {
-        let (_, event) = self.peers.iter().find(|(id, _)| *id == peer.0).expect("a peer that was announced");
-        event::signal(event).unwrap();
-    }
-
-    /// Closes the socket.
-    pub(crate) fn close(&self) {
-        rustix::net::shutdown(&self.stream, rustix::net::Shutdown::Both).unwrap();
     }
 }

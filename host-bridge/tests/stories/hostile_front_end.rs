@@ -200,7 +200,7 @@ async fn a_front_end_that_reads_nothing_holds_nobody_up() {
     let before = scene.proves_alive().await;
     let front_end = scene.connect_front_end().await;
     let unknown = RawMessage::<OwnedFd>::request(77, true, vec![], vec![]).to_bytes();
-    front_end.fills_socket(&unknown).await;
+    front_end.fills_socket(&unknown, &scene.vmm).await;
     scene.vmm.fence().await;
     scene.new_front_end().sees_end().await;
     scene.end_session(front_end).await;

@@ -168,6 +168,23 @@ async fn it_takes_over_a_connected_socket() {
     assert_eq!(ended.code, Some(0), "{}", ended.log);
 }
 
+/// `--exit-with-parent`: the bridge ends in order when its parent is killed.
+#[tokio::test]
+async fn it_ends_with_its_parent() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut parent = Command::new("/bin/sh");
+    parent.args(["-c", "\"$@\" & wait", "sh", env!("CARGO_BIN_EXE_vvu-bridge"), "--exit-with-parent"]);
+    parent.arg("--socket-path").arg(directory.path().join("front-end.sock"));
+    parent.arg("--appliance-dir").arg(directory.path());
+    let mut bridge = Bridge::spawn(directory, parent);
+    bridge.notified("X_VVU_LISTENING=1").await;
+    // The end of the log, which is awaited too, is the bridge's own.
+    bridge.signal(Signal::KILL);
+    let (ended, directory) = bridge.ended_with_directory().await;
+    assert!(ended.log.contains("ends: SIGTERM"), "{}", ended.log);
+    assert_eq!(Bridge::files(directory.path()), ["notify.sock"]);
+}
+
 /// A bridge that inherits `descriptor` and takes its front-ends from there.
 fn start_with_descriptor(directory: tempfile::TempDir, descriptor: OwnedFd) -> Bridge {
     // Only until the bridge is started: the other tests start programs too, which then inherit it for nothing.

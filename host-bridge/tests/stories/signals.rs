@@ -81,24 +81,6 @@ async fn a_kick_that_came_first_arrives() {
     }
 }
 
-/// A front-end may hand over another eventfd while the driver kicks: a kick at the one before counts.
-#[tokio::test]
-async fn a_kick_at_the_eventfd_before_arrives() {
-    let (mut scene, mut front_end) = Scene::connected().await;
-    let mut before = blocking_eventfd();
-    told(&mut front_end, &mut scene.agent, R::SetVringKick(vring_file(0, Some(&before)))).await;
-    for _ in 0..50 {
-        let next = blocking_eventfd();
-        front_end.send(R::SetVringKick(vring_file(0, Some(&next))), true).await;
-        scene.agent.request().await;
-        event::signal(&before).unwrap();
-        scene.agent.answer(FrontEndReply::Acknowledgement(0)).await;
-        assert_eq!(front_end.acknowledgement(SET_VRING_KICK).await, 0);
-        scene.vmm.doorbell.rings(Vector(0)).await;
-        before = next;
-    }
-}
-
 /// After the stop of a vring its kicks go nowhere.
 #[tokio::test]
 async fn a_stopped_vring_is_not_kicked() {
