@@ -19,7 +19,6 @@ pub mod appliance;
 pub mod bridge;
 pub mod cli;
 pub mod doorbells;
-mod features;
 pub mod front_end;
 pub mod session;
 mod translate;

@@ -12,11 +12,12 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 use vvu_protocol::DecodeError;
+use vvu_protocol::carriage::{self, Carriage};
 use vvu_protocol::control::{Channel, Frame, Handle};
 use vvu_protocol::features::{Features, ProtocolFeatures};
 use vvu_protocol::memory::{MAX_TABLE_REGIONS, MemoryError, MemoryRegion, check_table};
 use vvu_protocol::message::{
-    BackEndReply, FrontEndReply, FrontEndRequest, RawMessage, VringAddresses, VringFile, VringState,
+    BackEndReply, FrontEndReply, FrontEndRequest, RawMessage, ReplyPayload, VringAddresses, VringFile, VringState,
 };
 use vvu_protocol::window::{Layout, Plan, RegionOfFile, WindowError};
 use vvu_socket::event::EventError;
@@ -26,7 +27,7 @@ use crate::appliance::control::{ControlPort, ControlState};
 use crate::appliance::window::{WindowPort, WindowState};
 use crate::appliance::{ApplianceError, file_identity};
 use crate::doorbells::{Doorbells, OutwardSignal, check_eventfd};
-use crate::{features, translate};
+use crate::translate;
 
 /// How long the agent may take for an answer. GET_VRING_BASE waits for all requests in flight, on a disk that may be slow.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(90);
@@ -79,10 +80,12 @@ pub enum SessionError {
         request: &'static str,
     },
     /// A request has a reply of its own, but this bridge does not carry it.
-    #[error("front-end sent {request}, which it was not offered")]
+    #[error("front-end sent {request}, which it was not offered: {reason}")]
     NotOffered {
         /// Name of the request.
         request: &'static str,
+        /// Why it is not carried.
+        reason: &'static str,
     },
     /// The back-end in the appliance has gone.
     #[error("the back-end in the appliance went down")]
@@ -210,12 +213,18 @@ impl<'a> Session<'a> {
     /// Sends a request to the agent as it is, and its answer back.
     async fn relay(&mut self, request: FrontEndRequest<OwnedFd>) -> Result<Answer, SessionError> {
         let (name, row) = (request.name(), request.row());
-        let Some(request) = translate::without_descriptors(request) else {
-            tracing::warn!(session = self.number, request = name, "refused: not carried");
-            return match row.map(|row| row.reply) {
-                None | Some(vvu_protocol::message::ReplyPayload::None) => Ok(Answer::Acknowledgement(REFUSED)),
-                Some(_) => Err(SessionError::NotOffered { request: name }),
-            };
+        let carried = match carriage::front_end(request.code()) {
+            Carriage::Refused(reason) => Err(reason),
+            _ => request.without_descriptors().ok_or("it has descriptors"),
+        };
+        let request = match carried {
+            Ok(request) => request,
+            Err(reason) => {
+                tracing::warn!(session = self.number, request = name, reason, "refused");
+                let has_reply = row.is_some_and(|row| row.reply != ReplyPayload::None);
+                let refusal = Answer::Acknowledgement(REFUSED);
+                return if has_reply { Err(SessionError::NotOffered { request: name, reason }) } else { Ok(refusal) };
+            }
         };
         match self.ask(request).await? {
             FrontEndReply::Acknowledgement(value) => Ok(Answer::Acknowledgement(value)),
@@ -228,7 +237,7 @@ impl<'a> Session<'a> {
 
     async fn offer(&mut self) -> Result<Answer, SessionError> {
         let value = self.ask_number(FrontEndRequest::GetFeatures).await?;
-        self.offered = features::offer(value);
+        self.offered = carriage::offer(Features::from_bits_retain(value));
         Ok(Answer::Reply(FrontEndReply::Number(self.offered.bits())))
     }
 
@@ -239,14 +248,14 @@ impl<'a> Session<'a> {
 
     async fn offer_protocol(&mut self) -> Result<Answer, SessionError> {
         let value = self.ask_number(FrontEndRequest::GetProtocolFeatures).await?;
-        self.offered_protocol = features::offer_protocol(value);
+        self.offered_protocol = carriage::offer_protocol(ProtocolFeatures::from_bits_retain(value));
         Ok(Answer::Reply(FrontEndReply::Number(self.offered_protocol.bits())))
     }
 
     async fn set_protocol_features(&mut self, protocol: ProtocolFeatures) -> Result<Answer, SessionError> {
         check_offered(protocol.bits(), self.offered_protocol.bits())?;
         self.protocol = protocol;
-        self.relay(FrontEndRequest::SetProtocolFeatures(protocol.difference(features::OWN_PROTOCOL))).await
+        self.relay(FrontEndRequest::SetProtocolFeatures(protocol.difference(carriage::OWN_PROTOCOL_FEATURES))).await
     }
 
     async fn queue_count(&mut self) -> Result<Answer, SessionError> {

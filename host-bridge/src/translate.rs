@@ -1,6 +1,7 @@
 //! The one place where a file descriptor of the front-end becomes a handle.
 //!
-//! Only requests whose descriptors have a meaning in the appliance get through; all others are refused by name.
+//! Only requests whose descriptors have a meaning in the appliance are here; `vvu_protocol::carriage` says what becomes of the
+//! others.
 
 use std::os::fd::OwnedFd;
 
@@ -8,33 +9,6 @@ use vvu_protocol::address::{FileOffset, WindowOffset};
 use vvu_protocol::control::Handle;
 use vvu_protocol::memory::MemoryRegion;
 use vvu_protocol::message::{FrontEndRequest, VringFile};
-
-/// A request that carries no descriptor, as it is. `None` if this bridge does not carry it.
-pub(crate) fn without_descriptors(request: FrontEndRequest<OwnedFd>) -> Option<FrontEndRequest<Handle>> {
-    use FrontEndRequest as R;
-    Some(match request {
-        R::GetFeatures => R::GetFeatures,
-        R::SetFeatures(features) => R::SetFeatures(features),
-        R::SetOwner => R::SetOwner,
-        R::ResetOwner => R::ResetOwner,
-        R::SetVringNum(state) => R::SetVringNum(state),
-        R::SetVringAddr(addresses) => R::SetVringAddr(addresses),
-        R::SetVringBase(state) => R::SetVringBase(state),
-        R::GetVringBase(state) => R::GetVringBase(state),
-        R::GetProtocolFeatures => R::GetProtocolFeatures,
-        R::SetProtocolFeatures(features) => R::SetProtocolFeatures(features),
-        R::GetQueueNum => R::GetQueueNum,
-        R::SetVringEnable(state) => R::SetVringEnable(state),
-        R::SendRarp(mac) => R::SendRarp(mac),
-        R::NetSetMtu(mtu) => R::NetSetMtu(mtu),
-        R::GetConfig(config) => R::GetConfig(config),
-        R::SetConfig(config) => R::SetConfig(config),
-        R::ResetDevice => R::ResetDevice,
-        R::SetStatus(status) => R::SetStatus(status),
-        R::GetStatus => R::GetStatus,
-        _ => return None,
-    })
-}
 
 /// A memory table whose regions lie at `offsets` of the window.
 pub(crate) fn memory_table(regions: &[MemoryRegion], offsets: &[WindowOffset]) -> FrontEndRequest<Handle> {

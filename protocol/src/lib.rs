@@ -5,6 +5,7 @@
 //! - [`features`]: feature bits as types;
 //! - [`memory`]: the memory table of a front-end, free of overlap and overflow;
 //! - [`window`]: where driver memory lies in the appliance's window;
+//! - [`carriage`]: which messages cross to the appliance, and why the others do not;
 //! - [`dax`]: the device-DAX header at the start of the window;
 //! - [`doorbell`]: the ivshmem protocol;
 //! - [`control`]: configuration space and frames of the control device.
@@ -13,6 +14,7 @@
 //! word, or is unsafe: input is a byte slice and output is a value or an error that says what was expected and what came.
 
 pub mod address;
+pub mod carriage;
 pub mod control;
 pub mod dax;
 pub mod doorbell;

@@ -6,6 +6,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use vvu_protocol::carriage::{self, Carriage};
 use vvu_protocol::control::Handle;
 use vvu_protocol::memory::MemoryRegion;
 use vvu_protocol::message::{FrontEndRequest, VringFile};
@@ -21,8 +22,11 @@ pub type Descriptor = Arc<OwnedFd>;
 #[derive(Debug, thiserror::Error)]
 pub enum Refusal {
     /// The agent does not carry this request.
-    #[error("request is not carried into the appliance")]
-    NotCarried,
+    #[error("request is not carried into the appliance: {reason}")]
+    NotCarried {
+        /// Why not.
+        reason: &'static str,
+    },
     /// A handle of another kind belongs to this request.
     #[error("request came with the handle {found:?}, expected {expected}")]
     Handle {
@@ -50,30 +54,14 @@ pub fn translate(
 ) -> Result<FrontEndRequest<Descriptor>, Refusal> {
     use FrontEndRequest as R;
     Ok(match request {
-        R::GetFeatures => R::GetFeatures,
-        R::SetFeatures(features) => R::SetFeatures(features),
-        R::SetOwner => R::SetOwner,
-        R::ResetOwner => R::ResetOwner,
         R::SetMemTable(table) => R::SetMemTable(memory_table(table, window)?),
-        R::SetVringNum(state) => R::SetVringNum(state),
-        R::SetVringAddr(addresses) => R::SetVringAddr(addresses),
-        R::SetVringBase(state) => R::SetVringBase(state),
-        R::GetVringBase(state) => R::GetVringBase(state),
         R::SetVringKick(file) => R::SetVringKick(vring_file(file, |handle| vector(handle, doorbell))?),
         R::SetVringCall(file) => R::SetVringCall(vring_file(file, |handle| peer(handle, doorbell))?),
         R::SetVringErr(file) => R::SetVringErr(vring_file(file, |handle| peer(handle, doorbell))?),
-        R::GetProtocolFeatures => R::GetProtocolFeatures,
-        R::SetProtocolFeatures(features) => R::SetProtocolFeatures(features),
-        R::GetQueueNum => R::GetQueueNum,
-        R::SetVringEnable(state) => R::SetVringEnable(state),
-        R::SendRarp(mac) => R::SendRarp(mac),
-        R::NetSetMtu(mtu) => R::NetSetMtu(mtu),
-        R::GetConfig(config) => R::GetConfig(config),
-        R::SetConfig(config) => R::SetConfig(config),
-        R::ResetDevice => R::ResetDevice,
-        R::SetStatus(status) => R::SetStatus(status),
-        R::GetStatus => R::GetStatus,
-        _ => return Err(Refusal::NotCarried),
+        other => match carriage::front_end(other.code()) {
+            Carriage::Refused(reason) => return Err(Refusal::NotCarried { reason }),
+            _ => other.without_descriptors().ok_or(Refusal::NotCarried { reason: "it has descriptors" })?,
+        },
     })
 }
 

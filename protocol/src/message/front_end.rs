@@ -257,6 +257,58 @@ impl<F> FrontEndRequest<F> {
         RawMessage::request(code, needs_reply, writer.done(), descriptors)
     }
 
+    /// The same request for another kind of descriptor, or `None` if it carries descriptors or is not known.
+    #[must_use]
+    pub fn without_descriptors<G>(self) -> Option<FrontEndRequest<G>> {
+        Some(match self {
+            Self::GetFeatures => FrontEndRequest::GetFeatures,
+            Self::SetFeatures(content) => FrontEndRequest::SetFeatures(content),
+            Self::SetOwner => FrontEndRequest::SetOwner,
+            Self::ResetOwner => FrontEndRequest::ResetOwner,
+            Self::SetVringNum(content) => FrontEndRequest::SetVringNum(content),
+            Self::SetVringAddr(content) => FrontEndRequest::SetVringAddr(content),
+            Self::SetVringBase(content) => FrontEndRequest::SetVringBase(content),
+            Self::GetVringBase(content) => FrontEndRequest::GetVringBase(content),
+            Self::GetProtocolFeatures => FrontEndRequest::GetProtocolFeatures,
+            Self::SetProtocolFeatures(content) => FrontEndRequest::SetProtocolFeatures(content),
+            Self::GetQueueNum => FrontEndRequest::GetQueueNum,
+            Self::SetVringEnable(content) => FrontEndRequest::SetVringEnable(content),
+            Self::SendRarp(content) => FrontEndRequest::SendRarp(content),
+            Self::NetSetMtu(content) => FrontEndRequest::NetSetMtu(content),
+            Self::Iotlb(content) => FrontEndRequest::Iotlb(content),
+            Self::SetVringEndian(content) => FrontEndRequest::SetVringEndian(content),
+            Self::GetConfig(content) => FrontEndRequest::GetConfig(content),
+            Self::SetConfig(content) => FrontEndRequest::SetConfig(content),
+            Self::CreateCryptoSession(content) => FrontEndRequest::CreateCryptoSession(content),
+            Self::CloseCryptoSession(content) => FrontEndRequest::CloseCryptoSession(content),
+            Self::PostcopyAdvise => FrontEndRequest::PostcopyAdvise,
+            Self::PostcopyListen => FrontEndRequest::PostcopyListen,
+            Self::PostcopyEnd => FrontEndRequest::PostcopyEnd,
+            Self::GetInflightFd(content) => FrontEndRequest::GetInflightFd(content),
+            Self::ResetDevice => FrontEndRequest::ResetDevice,
+            Self::VringKick(content) => FrontEndRequest::VringKick(content),
+            Self::GetMaxMemSlots => FrontEndRequest::GetMaxMemSlots,
+            Self::RemMemReg(content) => FrontEndRequest::RemMemReg(content),
+            Self::SetStatus(content) => FrontEndRequest::SetStatus(content),
+            Self::GetStatus => FrontEndRequest::GetStatus,
+            Self::GetSharedObject(content) => FrontEndRequest::GetSharedObject(content),
+            Self::CheckDeviceState => FrontEndRequest::CheckDeviceState,
+            Self::GetShmemConfig => FrontEndRequest::GetShmemConfig,
+            Self::SetMemTable(..)
+            | Self::SetLogBase(..)
+            | Self::SetLogFd(..)
+            | Self::SetVringKick(..)
+            | Self::SetVringCall(..)
+            | Self::SetVringErr(..)
+            | Self::SetBackendReqFd(..)
+            | Self::SetInflightFd(..)
+            | Self::GpuSetSocket(..)
+            | Self::AddMemReg(..)
+            | Self::SetDeviceStateFd(..)
+            | Self::Unknown(..) => return None,
+        })
+    }
+
     fn into_body(self) -> (Writer, Vec<F>) {
         match self {
             Self::SetMemTable(regions) => write_table(regions),
