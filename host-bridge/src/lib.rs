@@ -10,6 +10,7 @@
 //! - [`session`] takes the requests of one front-end, one after the other, and says for each who answers it;
 //! - `translate` is the one place where a file descriptor becomes a handle;
 //! - `doorbells` is the one place where the eventfds of kicks and calls are chosen, and relays them;
+//! - [`log_limit`] bounds what peers can make the bridge log;
 //! - [`appliance`] is the device set towards the appliance's VMM.
 //!
 //! Never here: device code, parsing of images or packets, a mapping of driver memory, a disk, a network. The only memory that
@@ -20,5 +21,6 @@ pub mod bridge;
 pub mod cli;
 pub mod doorbells;
 pub mod front_end;
+pub mod log_limit;
 pub mod session;
 mod translate;

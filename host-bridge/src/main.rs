@@ -7,6 +7,7 @@ use clap::Parser;
 use tracing_subscriber::EnvFilter;
 use vvu_bridge::bridge;
 use vvu_bridge::cli::Options;
+use vvu_bridge::log_limit::LimitedStderr;
 
 fn main() -> ExitCode {
     let options = Options::parse();
@@ -15,7 +16,7 @@ fn main() -> ExitCode {
         return exit_code(writeln!(io::stdout(), "{capabilities:#}").map_err(Into::into));
     }
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(false).init();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(LimitedStderr::default()).with_ansi(false).init();
     exit_code(bridge::run(options))
 }
 
