@@ -4,6 +4,7 @@ use std::io::{self, Stderr, Write};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use tracing::{Level, Metadata};
 use tracing_subscriber::fmt::MakeWriter;
 
 /// Length of a period.
@@ -12,7 +13,8 @@ const PERIOD: Duration = Duration::from_secs(10);
 /// Most lines in one period: several times what any orderly device start or end needs.
 const LINES_MAX: u32 = 100;
 
-/// Standard error, with at most 100 lines in 10 seconds. How many were dropped is said before the next one.
+/// Standard error, with at most 100 lines of level "info" and above in 10 seconds. How many were dropped is said before the
+/// next one.
 #[derive(Debug, Default)]
 pub struct LimitedStderr {
     budget: Mutex<Budget>,
@@ -62,6 +64,11 @@ impl<'a> MakeWriter<'a> for LimitedStderr {
             let _ = writeln!(stderr, "({dropped} lines of the log were dropped)");
         }
         Line::Written(stderr)
+    }
+
+    /// Lines below "info" come by the operator's wish alone, who wants all of them.
+    fn make_writer_for(&'a self, line: &Metadata<'_>) -> Line {
+        if *line.level() > Level::INFO { Line::Written(io::stderr()) } else { self.make_writer() }
     }
 }
 
