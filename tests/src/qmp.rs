@@ -37,7 +37,15 @@ impl Qmp {
     /// # Errors
     /// If QEMU refuses the command or goes away.
     pub fn execute(&mut self, command: &str) -> Result<Value> {
-        let mut line = json!({ "execute": command }).to_string();
+        self.execute_with(command, &json!({}))
+    }
+
+    /// Runs a command and returns what it returns.
+    ///
+    /// # Errors
+    /// If QEMU refuses the command or goes away.
+    pub fn execute_with(&mut self, command: &str, arguments: &Value) -> Result<Value> {
+        let mut line = json!({ "execute": command, "arguments": arguments }).to_string();
         line.push('\n');
         self.reader.get_mut().write_all(line.as_bytes()).with_context(|| format!("cannot send {command}"))?;
         loop {

@@ -71,6 +71,27 @@ fn a_file_system_survives_reboots() -> Result<()> {
     })
 }
 
+/// Path: a device that starts and stops over and over, each time with new kick and call eventfds, a fresh ring and a first
+/// request that nobody may lose.
+#[test]
+fn the_driver_comes_and_goes() -> Result<()> {
+    machine_test("the_driver_comes_and_goes", |testbed| {
+        let image = image(testbed, 16 * MIB)?;
+        let served = serve(testbed, &ServedImage::writable(&image))?;
+        let mut vm = driver_vm(testbed, &served).boot()?;
+        let device = vm.run("basename $(readlink -f /sys/block/vda/device)")?;
+        let device = device.trim();
+        let driver = "/sys/bus/virtio/drivers/virtio_blk";
+        for round in 0..25 {
+            vm.run(&format!("echo {device} > {driver}/unbind && echo {device} > {driver}/bind"))
+                .and_then(|_| vm.run("dd if=/dev/vda of=/dev/null bs=64k count=4 iflag=direct"))
+                .with_context(|| format!("start {round} of the device"))?;
+        }
+        vm.power_off()?;
+        served.stop()
+    })
+}
+
 /// Path: four request queues, each with its own kick and call, each used from the CPU that it belongs to.
 #[test]
 fn all_four_queues_carry_requests() -> Result<()> {

@@ -1,0 +1,230 @@
+//! What a driver VM is made of: the command line of its QEMU, and the sockets that are there before it starts.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use super::{BOOT_PATIENCE, DriverVm};
+use crate::process::{Process, Watched};
+use crate::testbed::Testbed;
+
+/// QEMU 7.2's TCG now and then returns wrong flags from CMPXCHG16B, which the kernel's allocator uses if it is there.
+const CPU_OF_OLDER_QEMU: &str = "max,cx16=off";
+
+/// What the kernel is told. `no_timer_check`: under TCG on a busy host it would find that timer interrupts are too few, and
+/// give up. `sysrq_always_enabled`: a test that waits in vain asks it which tasks are blocked.
+const KERNEL_COMMAND_LINE: &str = "console=ttyS0 loglevel=4 panic=0 no_timer_check sysrq_always_enabled";
+
+/// One vhost-user disk of the driver VM.
+#[derive(Debug, Clone)]
+pub struct Disk {
+    socket: PathBuf,
+    queues: Option<u16>,
+}
+
+impl Disk {
+    /// The disk behind `socket`, with as many queues as QEMU chooses (one per CPU).
+    pub fn at(socket: &Path) -> Self {
+        Self { socket: socket.to_owned(), queues: None }
+    }
+
+    /// Asks for `queues` request queues.
+    #[must_use]
+    pub fn queues(mut self, queues: u16) -> Self {
+        self.queues = Some(queues);
+        self
+    }
+}
+
+/// What boots.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Boot {
+    /// The kernel given to QEMU. SeaBIOS still starts every disk once before, to see whether it could boot from it.
+    Kernel,
+    /// The first sector of the first disk: the firmware itself reads through the back-end.
+    FirstDisk,
+}
+
+/// A driver VM to be started.
+#[derive(Debug, Clone)]
+pub struct DriverVmPlan<'a> {
+    testbed: &'a Testbed,
+    name: String,
+    qemu: PathBuf,
+    cpu: &'static str,
+    disks: Vec<Disk>,
+    cpus: u16,
+    memory: Memory,
+    boot: Boot,
+}
+
+/// Where the memory of a driver VM is, in MiB.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Memory {
+    /// One file from address 0; at most `below_4g` below 4 GiB, the rest from there.
+    OneFile { all: u32, below_4g: Option<u32> },
+    /// Two NUMA nodes with a file each, one from address 0, one from 4 GiB.
+    TwoFiles { each: u32 },
+}
+
+impl<'a> DriverVmPlan<'a> {
+    /// A machine with one CPU, 384 MiB of memory and no disk under the newer QEMU; `name` is for logs.
+    pub fn new(testbed: &'a Testbed, name: &str) -> Self {
+        Self {
+            testbed,
+            name: name.to_owned(),
+            qemu: testbed.setup().qemu.clone(),
+            cpu: "max",
+            disks: Vec::new(),
+            cpus: 1,
+            memory: Memory::OneFile { all: 384, below_4g: None },
+            boot: Boot::Kernel,
+        }
+    }
+
+    /// Adds a disk; the first one is `/dev/vda`.
+    #[must_use]
+    pub fn disk(mut self, disk: Disk) -> Self {
+        self.disks.push(disk);
+        self
+    }
+
+    /// Uses the distribution's own, older QEMU.
+    #[must_use]
+    pub fn older_qemu(mut self) -> Self {
+        self.testbed.setup().qemu_distribution.clone_into(&mut self.qemu);
+        self.cpu = CPU_OF_OLDER_QEMU;
+        self
+    }
+
+    /// Sets the number of CPUs.
+    #[must_use]
+    pub fn cpus(mut self, cpus: u16) -> Self {
+        self.cpus = cpus;
+        self
+    }
+
+    /// Sets the memory in MiB, and how much of it lies below 4 GiB of the guest's address space (at most 2 GiB).
+    #[must_use]
+    pub fn memory_mib(mut self, all: u32, below_4g: Option<u32>) -> Self {
+        self.memory = Memory::OneFile { all, below_4g };
+        self
+    }
+
+    /// Gives the machine two NUMA nodes of `each` MiB, each with a memory file of its own: one below and one above 4 GiB.
+    #[must_use]
+    pub fn two_memory_files_mib(mut self, each: u32) -> Self {
+        self.memory = Memory::TwoFiles { each };
+        self
+    }
+
+    /// Boots the driver VM and waits for its shell.
+    ///
+    /// # Errors
+    /// If QEMU does not start, the kernel panics, or the shell does not answer in [`BOOT_PATIENCE`].
+    pub fn boot(self) -> Result<DriverVm> {
+        let mut vm = self.start()?;
+        vm.await_shell()?;
+        Ok(vm)
+    }
+
+    /// Boots from the first disk's first sector and returns without waiting: see [`DriverVm::await_console`].
+    ///
+    /// # Errors
+    /// If QEMU does not start.
+    pub fn boot_from_first_disk(mut self) -> Result<DriverVm> {
+        self.boot = Boot::FirstDisk;
+        self.start()
+    }
+
+    fn start(self) -> Result<DriverVm> {
+        let listen = |purpose: &str| {
+            let path = self.testbed.socket(&format!("{}.{purpose}", self.name));
+            // A socket of an earlier machine of the same name is in the way and of no use.
+            let _ = std::fs::remove_file(&path);
+            let listener = UnixListener::bind(&path).with_context(|| format!("cannot listen at {}", path.display()))?;
+            Ok::<_, anyhow::Error>((path, listener))
+        };
+        let (console_path, console) = listen("console")?;
+        let (shell_path, shell) = listen("shell")?;
+        let (qmp_path, qmp) = listen("qmp")?;
+        let folder = self.testbed.folder().to_owned();
+        let arguments = self.arguments([&console_path, &shell_path, &qmp_path]);
+        let qemu = Process::start(&format!("{}-qemu", self.name), &self.qemu, arguments, &folder)?;
+
+        let accept = |listener| accept_from(qemu.watched(), listener);
+        let sockets = (|| Ok([accept(&console)?, accept(&shell)?, accept(&qmp)?]))();
+        DriverVm::attach(self.name, qemu, sockets, &folder)
+    }
+
+    /// QEMU's command line; the sockets are console, shell and QMP.
+    fn arguments(&self, sockets: [&PathBuf; 3]) -> Vec<OsString> {
+        let mut line = CommandLine::default();
+        line.option("-name", format!("vvu-test-{}", self.name));
+        line.option("-nodefaults", "-no-user-config").option("-display", "none").option("-vga", "none");
+        line.option("-accel", if kvm_is_usable() { "kvm" } else { "tcg,thread=multi" }).option("-cpu", self.cpu);
+        line.option("-smp", self.cpus.to_string());
+        self.memory.push_options(&mut line);
+        for (id, socket) in ["console", "shell", "qmp"].into_iter().zip(sockets) {
+            line.option("-chardev", format!("socket,id={id},path={}", socket.display()));
+        }
+        line.option("-serial", "chardev:console").option("-serial", "chardev:shell");
+        line.option("-mon", "chardev=qmp,mode=control");
+        for (index, disk) in self.disks.iter().enumerate() {
+            let queues = disk.queues.map(|queues| format!(",num-queues={queues}")).unwrap_or_default();
+            let bootindex = if self.boot == Boot::FirstDisk && index == 0 { ",bootindex=0" } else { "" };
+            line.option("-chardev", format!("socket,id=disk{index},path={}", disk.socket.display()));
+            line.option("-device", format!("vhost-user-blk-pci,chardev=disk{index}{queues}{bootindex}"));
+        }
+        if self.boot == Boot::Kernel {
+            line.option("-kernel", &self.testbed.setup().kernel).option("-initrd", self.testbed.driver_image());
+            line.option("-append", KERNEL_COMMAND_LINE);
+        }
+        line.0
+    }
+}
+
+impl Memory {
+    fn push_options(self, line: &mut CommandLine) {
+        let file = |id: &str, mib: u32| format!("memory-backend-memfd,id={id},size={mib}M,share=on");
+        match self {
+            Self::OneFile { all, below_4g } => {
+                let below_4g = below_4g.map(|mib| format!(",max-ram-below-4g={mib}M")).unwrap_or_default();
+                line.option("-machine", format!("q35,memory-backend=memory{below_4g}"));
+                line.option("-m", format!("{all}M")).option("-object", file("memory", all));
+            }
+            Self::TwoFiles { each } => {
+                line.option("-machine", format!("q35,max-ram-below-4g={each}M")).option("-m", format!("{}M", 2 * each));
+                for node in ["low", "high"] {
+                    line.option("-object", file(node, each)).option("-numa", format!("node,memdev={node}"));
+                }
+            }
+        }
+    }
+}
+
+/// QEMU's options, one after the other.
+#[derive(Default)]
+struct CommandLine(Vec<OsString>);
+
+impl CommandLine {
+    fn option(&mut self, name: &str, value: impl Into<OsString>) -> &mut Self {
+        self.0.extend([name.into(), value.into()]);
+        self
+    }
+}
+
+/// Whether this host can run a stock kernel under KVM: the device may open where the processor has no such mode.
+pub fn kvm_is_usable() -> bool {
+    let has_mode = std::fs::read_to_string("/proc/cpuinfo")
+        .is_ok_and(|info| info.split_whitespace().any(|word| word == "vmx" || word == "svm"));
+    has_mode && File::options().read(true).write(true).open("/dev/kvm").is_ok()
+}
+
+fn accept_from(qemu: &Watched, listener: &UnixListener) -> Result<UnixStream> {
+    qemu.await_before_end(listener, BOOT_PATIENCE)?;
+    Ok(listener.accept()?.0)
+}
