@@ -27,6 +27,9 @@ use crate::signals::Signals;
 use crate::socket_path::SocketFile;
 use crate::vmm_lines::{self, DeviceAddress};
 
+/// How long a bridge may take to end after QEMU: it only has to see a closed socket.
+const BRIDGE_FOLLOWS: Duration = Duration::from_millis(500);
+
 /// Longest wait until the bridge listens; it only binds sockets.
 const LISTENING_LIMIT: Duration = Duration::from_secs(30);
 
@@ -175,7 +178,7 @@ impl Session<'_> {
             };
             match happening {
                 Happening::Signal(name) => return Ok(Some(Ending::signal(name, awaited == Awaited::End))),
-                Happening::ApplianceEnded(status) => return Ok(Some(self.appliance_ended(status).await)),
+                Happening::ApplianceEnded(status) => return Ok(Some(self.appliance_gone(status).await)),
                 Happening::BridgeEnded(status) => return self.bridge_ended(status).await.map(Some),
                 Happening::Notice(notice) => {
                     self.tell_status(&notice);
@@ -194,7 +197,7 @@ impl Session<'_> {
                 None => pending().await,
             }
         };
-        // The appliance before the bridge: if both have ended, the bridge went because QEMU did.
+        // The appliance before the bridge: if both have ended, the bridge mostly went because QEMU did.
         tokio::select! {
             biased;
             name = self.signals.next() => Ok(Happening::Signal(name)),
@@ -219,6 +222,17 @@ impl Session<'_> {
         Ending::not_ready(awaited.words(), limit, child.last_lines().await)
     }
 
+    /// The appliance VM has ended, and the bridge is about to or was first. A bridge that sees QEMU go ends by itself; one that
+    /// a signal has ended went first, and QEMU aborts without it.
+    async fn appliance_gone(&mut self, status: ExitStatus) -> Ending {
+        match tokio::time::timeout(BRIDGE_FOLLOWS, self.bridge.exited()).await {
+            Ok(Ok(bridge)) if bridge.signal().is_some() => {
+                Ending::bridge_ended(bridge, true, self.bridge.last_lines().await)
+            }
+            _ => self.appliance_ended(status).await,
+        }
+    }
+
     async fn appliance_ended(&mut self, status: ExitStatus) -> Ending {
         let lines = match self.appliance.as_mut() {
             Some(child) => child.last_lines().await,
@@ -232,7 +246,7 @@ impl Session<'_> {
     async fn bridge_ended(&mut self, status: ExitStatus) -> anyhow::Result<Ending> {
         if let Some(appliance) = self.appliance.as_mut() {
             let killed = appliance.kill().await?;
-            if killed.signal() != Some(SIGKILL) {
+            if status.signal().is_none() && killed.signal() != Some(SIGKILL) {
                 // It was on its way out already, and the bridge saw that before we did.
                 return Ok(self.appliance_ended(killed).await);
             }

@@ -168,6 +168,17 @@ fn a_dead_bridge_takes_the_appliance_with_it() {
     assert!(pidfd_open(pid_of(&pids["qemu"]), PidfdFlags::empty()).is_err(), "the appliance VM outlives its bridge");
 }
 
+/// QEMU aborts when its bridge is gone, and its end may be seen first.
+#[test]
+fn a_killed_bridge_is_named_even_if_the_appliance_is_seen_to_end_first() {
+    let mut run = Run::start("listen,ready,wait", "exec sleep 60");
+    let pids = run.event("ready")["pids"].clone();
+    kill_process(pid_of(&pids["qemu"]), Signal::ABORT).unwrap();
+    kill_process(pid_of(&pids["bridge"]), Signal::KILL).unwrap();
+    let (ended, _) = run.finish(1);
+    assert_eq!(ended["reason"], "bridge-ended", "{ended}");
+}
+
 #[test]
 fn an_interrupted_start_is_a_failure() {
     let mut run = Run::start("listen,wait", UNTIL_SIGTERM);
