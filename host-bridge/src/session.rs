@@ -166,9 +166,6 @@ impl<'a> Session<'a> {
 
     async fn serve(&mut self, message: RawMessage<OwnedFd>) -> Result<(), SessionError> {
         let header = message.header;
-        if header.is_reply {
-            return Err(DecodeError::Flags { found: header.request }.into());
-        }
         let request = FrontEndRequest::decode(message)?;
         let name = request.name();
         tracing::debug!(session = self.number, request = name, code = header.request, "request of the front-end");

@@ -4,7 +4,7 @@ use crate::DecodeError;
 use crate::payload::{Reader, Writer};
 
 use super::payloads::{Iotlb, ShmemMap, VringArea, VringState};
-use super::request_table::{BACK_END_REQUESTS, ReplyPayload, RequestRow, row};
+use super::request_table::{BACK_END_REQUESTS, ReplyPayload, RequestRow, known_request, row};
 use super::{RawMessage, at_most_one, single};
 
 /// A request of the back-end ("Back-end message types"). `F` stands for a file descriptor.
@@ -40,17 +40,10 @@ impl<F> BackEndRequest<F> {
     /// # Errors
     /// [`DecodeError`] if `message` is a reply, or its payload or number of descriptors does not fit the request code.
     pub fn decode(message: RawMessage<F>) -> Result<Self, DecodeError> {
-        if message.header.is_reply {
-            return Err(DecodeError::Flags { found: message.header.flags() });
+        match known_request(&BACK_END_REQUESTS, &message)? {
+            Some(row) => Self::decode_known(row, message),
+            None => Ok(Self::Unknown(message)),
         }
-        let Some(row) = row(&BACK_END_REQUESTS, message.header.request) else {
-            return Ok(Self::Unknown(message));
-        };
-        if !row.descriptors.contains(&message.descriptors.len()) {
-            let found = message.descriptors.len();
-            return Err(DecodeError::Descriptors { what: row.name, expected: row.descriptors.clone(), found });
-        }
-        Self::decode_known(row, message)
     }
 
     fn decode_known(row: &RequestRow, message: RawMessage<F>) -> Result<Self, DecodeError> {

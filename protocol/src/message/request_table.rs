@@ -3,7 +3,8 @@
 
 use std::ops::RangeInclusive;
 
-use super::MAX_DESCRIPTORS;
+use super::{MAX_DESCRIPTORS, RawMessage};
+use crate::DecodeError;
 
 /// What answers a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -116,6 +117,25 @@ pub const BACK_END_REQUESTS: [RequestRow; 10] = [
 pub(crate) fn row(rows: &'static [RequestRow], code: u32) -> Option<&'static RequestRow> {
     let index = usize::try_from(code.checked_sub(1)?).ok()?;
     rows.get(index)
+}
+
+/// The row of a request, or `None` if its code is not known. Its payload is not looked at.
+///
+/// # Errors
+/// [`DecodeError`] if it is a reply, or its number of descriptors does not fit its code.
+pub(crate) fn known_request<F>(
+    rows: &'static [RequestRow],
+    message: &RawMessage<F>,
+) -> Result<Option<&'static RequestRow>, DecodeError> {
+    if message.header.is_reply {
+        return Err(DecodeError::Flags { found: message.header.flags() });
+    }
+    let row = row(rows, message.header.request);
+    let found = message.descriptors.len();
+    match row.filter(|row| !row.descriptors.contains(&found)) {
+        Some(row) => Err(DecodeError::Descriptors { what: row.name, expected: row.descriptors.clone(), found }),
+        None => Ok(row),
+    }
 }
 
 #[cfg(test)]
