@@ -234,7 +234,7 @@ impl<'a> Session<'a> {
 
     async fn offer(&mut self) -> Result<Answer, SessionError> {
         let value = self.ask_number(FrontEndRequest::GetFeatures).await?;
-        self.offered = carriage::offer(Features::from_bits_retain(value));
+        self.offered = Features::from_bits_retain(value);
         Ok(Answer::Reply(FrontEndReply::Number(self.offered.bits())))
     }
 
@@ -375,7 +375,7 @@ impl<'a> Session<'a> {
     /// Sends a request to the agent and waits for the answer.
     async fn ask(&mut self, request: FrontEndRequest<Handle>) -> Result<FrontEndReply<Handle>, SessionError> {
         let (code, name) = (request.code(), request.name());
-        let frame = Frame { channel: Channel::FrontEnd, session: self.number, message: request.encode(true) };
+        let frame = Frame::new(Channel::FrontEnd, self.number, request.encode(true));
         self.appliance.control.commands.send(&frame).await?;
         match tokio::time::timeout(ANSWER_TIMEOUT, self.answer(code)).await {
             Ok(reply) => reply,
@@ -413,7 +413,7 @@ impl<'a> Session<'a> {
             return Err(ApplianceError::Request { device: "control", request }.into());
         }
         let message = BackEndReply::Acknowledgement(REFUSED).encode(code);
-        let reply = Frame { channel: Channel::BackEnd, session: self.number, message };
+        let reply = Frame::new(Channel::BackEnd, self.number, message);
         Ok(self.appliance.control.commands.send(&reply).await?)
     }
 

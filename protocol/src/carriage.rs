@@ -1,9 +1,9 @@
 //! What of vhost-user crosses between the socket and the appliance: one table that bridge, agent and document share.
 //!
-//! A message that does not cross is kept away by its feature: the bridge never offers it ([`PROTOCOL_FEATURES`],
-//! [`NOT_OFFERED`]). If it comes all the same, it is refused with the reason that stands here.
+//! A message that does not cross is kept away by its feature: the bridge never offers it ([`PROTOCOL_FEATURES`]). If it
+//! comes all the same, it is refused with the reason that stands here. Device features all cross.
 
-use crate::features::{Features, ProtocolFeatures};
+use crate::features::ProtocolFeatures;
 
 /// Protocol features whose messages cross to the appliance.
 pub const PROTOCOL_FEATURES: ProtocolFeatures = ProtocolFeatures::MQ
@@ -11,19 +11,15 @@ pub const PROTOCOL_FEATURES: ProtocolFeatures = ProtocolFeatures::MQ
     .union(ProtocolFeatures::MTU)
     .union(ProtocolFeatures::CONFIG)
     .union(ProtocolFeatures::RESET_DEVICE)
-    .union(ProtocolFeatures::STATUS);
+    .union(ProtocolFeatures::STATUS)
+    .union(ProtocolFeatures::LOG_SHMFD)
+    .union(ProtocolFeatures::BACKEND_REQ)
+    .union(ProtocolFeatures::INFLIGHT_SHMFD)
+    .union(ProtocolFeatures::DEVICE_STATE)
+    .union(ProtocolFeatures::GET_VRING_BASE_INFLIGHT);
 
 /// Protocol features that the bridge offers by itself, whatever the back-end does: the agent answers every request.
 pub const OWN_PROTOCOL_FEATURES: ProtocolFeatures = ProtocolFeatures::REPLY_ACK;
-
-/// Device features that do not cross: dirty log and IOTLB messages.
-pub const NOT_OFFERED: Features = Features::LOG_ALL.union(Features::ACCESS_PLATFORM);
-
-/// What a front-end is offered of a back-end's device features.
-#[must_use]
-pub const fn offer(back_end: Features) -> Features {
-    back_end.difference(NOT_OFFERED)
-}
 
 /// What a front-end is offered of a back-end's protocol features.
 #[must_use]
@@ -40,39 +36,34 @@ pub enum Carriage {
     Translated,
     /// It crosses, and the bridge masks the answer, or the value on its way.
     Masked,
+    /// The bridge answers it by itself.
+    Answered,
     /// It does not cross.
     Refused(&'static str),
 }
 
-use Carriage::{Carried, Masked, Refused, Translated};
+use Carriage::{Answered, Carried, Masked, Refused, Translated};
 
-const NO_LOG: &str = "LOG_ALL and LOG_SHMFD are not offered";
-const NO_BACK_CHANNEL: &str = "BACKEND_REQ is not offered";
+const NO_INBAND: &str = "INBAND_NOTIFICATIONS is not offered: eventfds do the same without a message";
 const NO_SLOTS: &str = "CONFIGURE_MEM_SLOTS is not offered";
 const NO_POSTCOPY: &str = "postcopy: a userfaultfd serves one host's page tables, not another VM's";
-const NO_INFLIGHT: &str = "INFLIGHT_SHMFD is not offered";
 const NO_SHARED_OBJECTS: &str = "shared objects are dma-bufs of the host";
-const NO_STATE: &str = "DEVICE_STATE is not offered";
 
 /// What happens to a request of the front-end, by its code.
 #[must_use]
 pub const fn front_end(code: u32) -> Carriage {
     match code {
         1 | 2 | 15 | 16 | 17 => Masked,
-        3 | 4 | 8..=11 | 18..=20 | 24 | 25 | 34 | 39 | 40 => Carried,
-        5 | 12..=14 => Translated,
-        6 | 7 => Refused(NO_LOG),
-        21 => Refused(NO_BACK_CHANNEL),
-        22 => Refused("ACCESS_PLATFORM is not offered"),
+        3 | 4 | 8..=11 | 18..=20 | 22 | 24 | 25 | 34 | 39 | 40 | 43 => Carried,
+        5..=7 | 12..=14 | 21 | 32 | 42 => Translated,
+        31 => Answered,
         23 => Refused("CROSS_ENDIAN is not offered: legacy devices of the other byte order"),
         26 | 27 => Refused("crypto sessions have no fixed form on the wire"),
         28..=30 => Refused(NO_POSTCOPY),
-        31 | 32 => Refused(NO_INFLIGHT),
         33 => Refused("the display's socket cannot cross"),
-        35 => Refused("INBAND_NOTIFICATIONS is not offered: eventfds do the same without a message"),
+        35 => Refused(NO_INBAND),
         36..=38 => Refused(NO_SLOTS),
         41 => Refused(NO_SHARED_OBJECTS),
-        42 | 43 => Refused(NO_STATE),
         44 => Refused("shared memory regions of the device lie in the driver VM's VMM"),
         _ => Refused("not known"),
     }
@@ -82,7 +73,9 @@ pub const fn front_end(code: u32) -> Carriage {
 #[must_use]
 pub const fn back_end(code: u32) -> Carriage {
     match code {
-        1..=5 => Refused(NO_BACK_CHANNEL),
+        1 | 2 => Carried,
+        3 => Refused("HOST_NOTIFIER is not offered: a register of the appliance cannot be mapped into the driver VM"),
+        4 | 5 => Refused(NO_INBAND),
         6..=8 => Refused(NO_SHARED_OBJECTS),
         9 | 10 => Refused("shared memory regions of the device lie in the driver VM's VMM"),
         _ => Refused("not known"),
@@ -102,6 +95,7 @@ mod tests {
             Carried => "carried".to_owned(),
             Translated => "carried, descriptors as handles".to_owned(),
             Masked => "carried, masked by the bridge".to_owned(),
+            Answered => "answered by the bridge".to_owned(),
             Refused(reason) => format!("refused: {reason}"),
         };
         format!("| {} | {} | {treatment} |", row.code, row.name)
@@ -109,10 +103,9 @@ mod tests {
 
     #[test]
     fn masks_are_made_of_bits_and_not_of_bit_numbers() {
-        let all = Features::from_bits_retain(u64::MAX);
-        assert_eq!(offer(all).bits(), !((1 << 26) | (1 << 33)));
         let all = ProtocolFeatures::from_bits_retain(u64::MAX);
-        let expected = 1 | (1 << 2) | (1 << 3) | (1 << 4) | (1 << 9) | (1 << 13) | (1 << 16);
+        let bits = [0, 1, 2, 3, 4, 5, 9, 12, 13, 16, 19, 20];
+        let expected = bits.iter().fold(0, |bits, bit| bits | (1 << bit));
         assert_eq!(offer_protocol(all).bits(), expected);
         assert_eq!(offer_protocol(ProtocolFeatures::empty()).bits(), 1 << 3);
     }
@@ -174,9 +167,10 @@ mod tests {
             (ProtocolFeatures::RARP, 19),
             (ProtocolFeatures::MTU, 20),
         ];
+        let offered = PROTOCOL_FEATURES.union(OWN_PROTOCOL_FEATURES);
         for (feature, code) in of_features {
             let refused = matches!(front_end(code), Refused(_));
-            assert_eq!(PROTOCOL_FEATURES.contains(feature), !refused, "{feature:?} and request {code}");
+            assert_eq!(offered.contains(feature), !refused, "{feature:?} and request {code}");
         }
     }
 }

@@ -121,7 +121,14 @@ pub enum Channel {
     FrontEnd,
     /// Requests of the back-end, replies of the front-end.
     BackEnd,
+    /// State of the device while it is saved or loaded: [`STATE_DATA`] and its answers. Who asks is the one who has the bytes:
+    /// the agent when the state is saved, the bridge when it is loaded.
+    State,
 }
+
+/// Request code on [`Channel::State`]: its payload is the next part of the state, or nothing at the end of it. The answer is
+/// a u64, 0 if the part was taken; the next part may come then.
+pub const STATE_DATA: u32 = 1;
 
 /// What stands for a file descriptor between the VMs, 8 bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -132,6 +139,10 @@ pub enum Handle {
     Vector(Vector),
     /// A signal out of the appliance.
     Peer(PeerId),
+    /// The connection for requests of the back-end: they cross on [`Channel::BackEnd`].
+    BackChannel,
+    /// The pipe for the state of the device: its bytes cross on [`Channel::State`].
+    Stream,
 }
 
 impl Handle {
@@ -148,9 +159,11 @@ impl Handle {
         let number = u16::try_from(index).map_err(|_| DecodeError::Value { what: WHAT, field: "number", value })?;
         match (kind, number) {
             (1, 0) => Ok(Self::Window),
-            (1, _) => Err(DecodeError::Value { what: WHAT, field: "number", value }),
             (2, number) => Ok(Self::Vector(Vector(number))),
             (3, number) => Ok(Self::Peer(PeerId(number))),
+            (4, 0) => Ok(Self::BackChannel),
+            (5, 0) => Ok(Self::Stream),
+            (1 | 4 | 5, _) => Err(DecodeError::Value { what: WHAT, field: "number", value }),
             (other, _) => Err(DecodeError::Value { what: WHAT, field: "kind", value: u64::from(other) }),
         }
     }
@@ -160,6 +173,8 @@ impl Handle {
             Self::Window => (1, 0),
             Self::Vector(vector) => (2, vector.0),
             Self::Peer(peer) => (3, peer.0),
+            Self::BackChannel => (4, 0),
+            Self::Stream => (5, 0),
         };
         writer.u16(kind).u16(0).u32(u32::from(number))
     }
@@ -172,17 +187,29 @@ pub struct Frame {
     pub channel: Channel,
     /// Session that it belongs to. What belongs to another session than the current one is dropped.
     pub session: u32,
+    /// Only with SET_VRING_BASE: the device does not know the number, because the back-end before was lost. The driver
+    /// takes the index of the used ring in its place.
+    pub resume: bool,
     /// The message.
     pub message: RawMessage<Handle>,
 }
 
 const FRAME_HEADER_LEN: usize = 8;
 
+/// Flag of a frame: [`Frame::resume`].
+const FLAG_RESUME: u8 = 1 << 0;
+
 // The largest message fits one buffer.
 const _: () =
     assert!(FRAME_HEADER_LEN + Header::LEN + MAX_PAYLOAD_LEN + MAX_DESCRIPTORS * Handle::LEN <= MAX_FRAME_LEN);
 
 impl Frame {
+    /// A frame without flags.
+    #[must_use]
+    pub const fn new(channel: Channel, session: u32, message: RawMessage<Handle>) -> Self {
+        Self { channel, session, resume: false, message }
+    }
+
     /// Reads a frame: all of `bytes` belongs to it.
     ///
     /// # Errors
@@ -196,13 +223,19 @@ impl Frame {
         let channel = match reader.u8()? {
             0 => Channel::FrontEnd,
             1 => Channel::BackEnd,
+            2 => Channel::State,
             other => return Err(DecodeError::Value { what: WHAT, field: "channel", value: u64::from(other) }),
         };
         let handle_count = usize::from(reader.u8()?);
         if handle_count > MAX_DESCRIPTORS {
             return Err(DecodeError::Descriptors { what: WHAT, expected: 0..=MAX_DESCRIPTORS, found: handle_count });
         }
-        match reader.u16()? {
+        let resume = match reader.u8()? {
+            0 => false,
+            FLAG_RESUME => true,
+            other => return Err(DecodeError::Value { what: WHAT, field: "flags", value: u64::from(other) }),
+        };
+        match reader.u8()? {
             0 => {}
             other => return Err(DecodeError::Value { what: WHAT, field: "reserved field", value: u64::from(other) }),
         }
@@ -211,7 +244,7 @@ impl Frame {
         let payload = reader.bytes(header.payload_len)?.to_vec();
         let descriptors = (0..handle_count).map(|_| Handle::read(&mut reader)).collect::<Result<_, _>>()?;
         reader.finish()?;
-        Ok(Self { channel, session, message: RawMessage { header, payload, descriptors } })
+        Ok(Self { channel, session, resume, message: RawMessage { header, payload, descriptors } })
     }
 
     /// Writes the frame.
@@ -230,9 +263,11 @@ impl Frame {
         let channel = match self.channel {
             Channel::FrontEnd => 0,
             Channel::BackEnd => 1,
+            Channel::State => 2,
         };
-        let writer =
-            Writer::default().u8(channel).u8(handle_count).u16(0).u32(self.session).bytes(&self.message.to_bytes());
+        let flags = if self.resume { FLAG_RESUME } else { 0 };
+        let writer = Writer::default().u8(channel).u8(handle_count).u8(flags).u8(0).u32(self.session);
+        let writer = writer.bytes(&self.message.to_bytes());
         Ok(self.message.descriptors.iter().fold(writer, |writer, handle| handle.write(writer)).done())
     }
 }
@@ -269,7 +304,7 @@ mod tests {
     #[test]
     fn golden_frame() {
         let message = RawMessage::request(12, true, 3_u64.to_le_bytes().to_vec(), vec![Handle::Vector(Vector(3))]);
-        let frame = Frame { channel: Channel::FrontEnd, session: 7, message };
+        let frame = Frame::new(Channel::FrontEnd, 7, message);
         let bytes = frame.encode().unwrap();
         let expected = [
             0, 1, 0, 0, 7, 0, 0, 0, // frame header
@@ -284,10 +319,10 @@ mod tests {
     #[test]
     fn a_frame_is_strict() {
         let message = RawMessage::request(1, false, vec![], vec![Handle::Peer(PeerId(5))]);
-        let good = Frame { channel: Channel::BackEnd, session: 1, message }.encode().unwrap();
+        let good = Frame::new(Channel::BackEnd, 1, message).encode().unwrap();
         Frame::decode(&good).unwrap();
-        // Channel, handle count, reserved, version, payload length, handle kind, handle's reserved field, number.
-        for (position, value) in [(0, 2), (1, 2), (1, 9), (2, 1), (12, 2), (16, 1), (20, 9), (22, 1), (26, 1)] {
+        // Channel, handle count, flags, reserved, version, payload length, handle kind, handle's reserved field, number.
+        for (position, value) in [(0, 3), (1, 2), (1, 9), (2, 2), (3, 1), (12, 2), (16, 1), (20, 9), (22, 1), (26, 1)] {
             let mut bad = good.clone();
             bad[position] = value;
             assert!(Frame::decode(&bad).is_err(), "byte {position} = {value}");
@@ -303,18 +338,21 @@ mod tests {
             Just(Handle::Window),
             any::<u16>().prop_map(|number| Handle::Vector(Vector(number))),
             any::<u16>().prop_map(|number| Handle::Peer(PeerId(number))),
+            Just(Handle::BackChannel),
+            Just(Handle::Stream),
         ]
     }
 
     proptest! {
         #[test]
         fn frames_survive_the_round_trip(
-            back_end: bool, session: u32, code: u32, needs_reply: bool,
+            channel in 0_u8..3, resume: bool, session: u32, code: u32, needs_reply: bool,
             payload in prop::collection::vec(any::<u8>(), 0..MAX_PAYLOAD_LEN),
             handles in prop::collection::vec(handle(), 0..=MAX_DESCRIPTORS),
         ) {
-            let channel = if back_end { Channel::BackEnd } else { Channel::FrontEnd };
-            let frame = Frame { channel, session, message: RawMessage::request(code, needs_reply, payload, handles) };
+            let channel = [Channel::FrontEnd, Channel::BackEnd, Channel::State][usize::from(channel)];
+            let message = RawMessage::request(code, needs_reply, payload, handles);
+            let frame = Frame { channel, session, resume, message };
             prop_assert_eq!(Frame::decode(&frame.encode().unwrap()).unwrap(), frame);
         }
 

@@ -7,6 +7,9 @@ use crate::payload::{Reader, Writer};
 /// Most regions in one SET_MEM_TABLE (vhost-user specification, "Memory regions description": at most 8).
 pub const MAX_TABLE_REGIONS: usize = 8;
 
+/// Most regions with memory slots (ADD_MEM_REG): as many as KVM and the reference implementations of vhost-user have.
+pub const MAX_SLOTS: usize = 509;
+
 /// Page size that regions are aligned to, in bytes.
 pub const PAGE_SIZE: u64 = 4096;
 

@@ -6,14 +6,15 @@
 //! ```
 //!
 //! Each *file* of the front-end is mapped once, not each region: front-ends list several regions of one file (below and
-//! above the holes of a PC), and QEMU has few slots for mappings. A [`Span`] is such a mapping. Its place is congruent
-//! to its file offset modulo 2 MiB, so that huge pages stay huge and the appliance can map it with huge pages.
+//! above the holes of a PC). A [`Span`] is such a mapping: of the whole file if there is room for it, so that regions which
+//! are added later are there already, else of the part that regions use. Its place is congruent to its file offset modulo
+//! 2 MiB, so that huge pages stay huge and the appliance can map it with huge pages.
 //!
 //! [`Layout`] decides; it maps nothing. Its user applies a [`Plan`] in the order: map new, tell the appliance, unmap old,
 //! [`Layout::commit`].
 
 use crate::address::{FileOffset, WindowOffset};
-use crate::memory::{MemoryRegion, PAGE_SIZE};
+use crate::memory::{MAX_SLOTS, MemoryRegion, PAGE_SIZE};
 
 /// Alignment of everything in the window, in bytes: the size of a huge page, and of a device-DAX mapping.
 pub const ALIGNMENT: u64 = 2 << 20;
@@ -42,8 +43,9 @@ pub const MEMORY_LEN_MIN: u64 = ALIGNMENT;
 /// Largest driver memory that a window can be made for, in bytes: 512 GiB, half of what the dirty log covers.
 pub const MEMORY_LEN_MAX: u64 = 512 << 30;
 
-/// Most spans: QEMU has eight slots for RAM, of which the appliance's own memory takes at least one and the header one.
-pub const SPANS_MAX: usize = 6;
+/// Most spans: one for each memory slot of a front-end. (QEMU's limit of eight RAM slots for a vhost-user device is one of
+/// its memory table; mappings beyond it work, and QEMU logs an error.)
+pub const SPANS_MAX: usize = MAX_SLOTS;
 
 /// Identity of a file, as `fstat` tells it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -158,6 +160,14 @@ struct Extent {
     end: u64,
 }
 
+impl Extent {
+    /// All whole pages of the file.
+    const fn whole_file(&self) -> Self {
+        let end = self.file_len - self.file_len % PAGE_SIZE;
+        Self { file: self.file, file_len: self.file_len, start: 0, end }
+    }
+}
+
 impl Layout {
     /// A window for `memory_len` bytes of driver memory, rounded up to [`ALIGNMENT`], with nothing mapped.
     ///
@@ -211,7 +221,7 @@ impl Layout {
             if spans.iter().any(|span| span.file == extent.file) {
                 continue;
             }
-            let span = self.place(extent, &map)?;
+            let span = self.place(&extent.whole_file(), &map).or_else(|_| self.place(extent, &map))?;
             map.push(span);
             spans.push(span);
         }
@@ -270,7 +280,7 @@ fn extents(table: &[RegionOfFile]) -> Result<Vec<Extent>, WindowError> {
         return Err(WindowError::TooManyFiles { found: extents.len() });
     }
     for extent in &mut extents {
-        let whole_pages = extent.file_len - extent.file_len % PAGE_SIZE;
+        let whole_pages = extent.whole_file().end;
         extent.start -= extent.start % ALIGNMENT;
         extent.end = extent.end.next_multiple_of(ALIGNMENT).min(whole_pages);
     }
@@ -341,12 +351,26 @@ mod tests {
     #[test]
     fn a_file_of_odd_length_is_mapped_to_its_last_whole_page() {
         let len = 5 * ALIGNMENT + 3 * PAGE_SIZE;
-        let layout = Layout::new(GIB).unwrap();
-        let plan = layout.plan(&[entry(7, len + 100, ALIGNMENT + PAGE_SIZE, 2 * PAGE_SIZE)]).unwrap();
-        assert_eq!(plan.map[0].file_offset.0, ALIGNMENT);
-        assert_eq!(plan.map[0].len, ALIGNMENT);
-        let tail = layout.plan(&[entry(7, len + 100, len - PAGE_SIZE, PAGE_SIZE)]).unwrap();
+        let table = [entry(7, len + 100, ALIGNMENT + PAGE_SIZE, 2 * PAGE_SIZE)];
+        let plan = Layout::new(GIB).unwrap().plan(&table).unwrap();
+        assert_eq!((plan.map[0].file_offset.0, plan.map[0].len), (0, len));
+        // Without room for the whole file, the part in use is mapped.
+        let small = Layout::new(4 * ALIGNMENT).unwrap();
+        let plan = small.plan(&table).unwrap();
+        assert_eq!((plan.map[0].file_offset.0, plan.map[0].len), (ALIGNMENT, ALIGNMENT));
+        assert_eq!(plan.offsets, [WindowOffset(MEMORY_OFFSET.0 + PAGE_SIZE)]);
+        let tail = small.plan(&[entry(7, len + 100, len - PAGE_SIZE, PAGE_SIZE)]).unwrap();
         assert_eq!(tail.map[0].file_offset.0 + tail.map[0].len, len);
+    }
+
+    #[test]
+    fn a_region_added_later_is_there_already() {
+        let mut layout = Layout::new(GIB).unwrap();
+        let first = layout.plan(&[entry(7, GIB / 2, 0, ALIGNMENT)]).unwrap();
+        layout.commit(&first);
+        let more = layout.plan(&[entry(7, GIB / 2, 0, ALIGNMENT), entry(7, GIB / 2, GIB / 4, ALIGNMENT)]).unwrap();
+        assert!(more.map.is_empty() && more.unmap.is_empty());
+        assert_eq!(more.offsets[1].0 - more.offsets[0].0, GIB / 4);
     }
 
     #[test]
@@ -354,8 +378,9 @@ mod tests {
         let layout = Layout::new(64 << 20).unwrap();
         let error = layout.plan(&pc(7, GIB)).unwrap_err();
         assert!(error.to_string().contains("--window"), "{error}");
-        let many: Vec<_> = (0..7).map(|inode| entry(inode, ALIGNMENT, 0, PAGE_SIZE)).collect();
-        assert_eq!(layout.plan(&many), Err(WindowError::TooManyFiles { found: 7 }));
+        let found = SPANS_MAX + 1;
+        let many: Vec<_> = (1..).take(found).map(|inode| entry(inode, ALIGNMENT, 0, PAGE_SIZE)).collect();
+        assert_eq!(layout.plan(&many), Err(WindowError::TooManyFiles { found }));
         let beyond = layout.plan(&[entry(1, PAGE_SIZE, 0, 2 * PAGE_SIZE)]);
         assert_eq!(beyond, Err(WindowError::BeyondFile { end: 2 * PAGE_SIZE, file_len: PAGE_SIZE }));
     }

@@ -208,7 +208,7 @@ impl<P: ControlPort, D: Doorbell> DeviceSet<P, D> {
         };
         debug!(set = %self.uuid, session, ?reply, "{name}");
         let message = without_descriptors(reply, code);
-        self.port.send(&Frame { channel: Channel::FrontEnd, session, message })?;
+        self.port.send(&Frame::new(Channel::FrontEnd, session, message))?;
         Ok(None)
     }
 

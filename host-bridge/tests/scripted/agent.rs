@@ -112,7 +112,7 @@ impl Agent {
         let request = self.under_way.take().expect("a request under way");
         self.journal.note(format!("answer {reply:?}"));
         let message = reply.encode(request.message.header.request);
-        self.send(&Frame { channel: request.channel, session: request.session, message }).await;
+        self.send(&Frame::new(request.channel, request.session, message)).await;
     }
 
     /// Waits for a request and answers it with "done".

@@ -137,7 +137,7 @@ async fn receive_buffers_hold_a_frame() {
 
 fn answer(session: u32, code: u32) -> Vec<u8> {
     let message = FrontEndReply::Acknowledgement(0).encode(code);
-    Frame { channel: Channel::FrontEnd, session, message }.encode().unwrap()
+    Frame::new(Channel::FrontEnd, session, message).encode().unwrap()
 }
 
 #[tokio::test]
@@ -145,13 +145,13 @@ async fn an_answer_that_nobody_waits_for_ends_the_bridge() {
     agent_ends_the_bridge("nobody waits for", |agent| agent.post(&answer(agent.session, 3))).await;
     agent_ends_the_bridge("nobody waits for", |agent| {
         let message = RawMessage::reply(2, vec![0; 8], vec![]);
-        agent.post(&Frame { channel: Channel::BackEnd, session: agent.session, message }.encode().unwrap());
+        agent.post(&Frame::new(Channel::BackEnd, agent.session, message).encode().unwrap());
     })
     .await;
     // A request on the channel of the front-end.
     agent_ends_the_bridge(CONTROL, |agent| {
         let message = R::SetOwner.encode(true);
-        agent.post(&Frame { channel: Channel::FrontEnd, session: agent.session, message }.encode().unwrap());
+        agent.post(&Frame::new(Channel::FrontEnd, agent.session, message).encode().unwrap());
     })
     .await;
 }
@@ -168,7 +168,7 @@ async fn a_wrong_answer_ends_the_bridge() {
         front_end.send(R::SetOwner, true).await;
         scene.agent.request().await;
         let session = scene.agent.session;
-        scene.agent.post(&Frame { channel: Channel::FrontEnd, session, message }.encode().unwrap());
+        scene.agent.post(&Frame::new(Channel::FrontEnd, session, message).encode().unwrap());
         front_end.sees_end().await;
         scene.bridge.ended().await.failed_with(CONTROL);
     }
@@ -179,7 +179,7 @@ async fn a_wrong_answer_ends_the_bridge() {
 async fn frames_for_an_agent_that_takes_none_have_a_limit() {
     let (mut scene, mut front_end) = Scene::connected().await;
     let message = BackEndRequest::ConfigChange.encode(true);
-    let bytes = Frame { channel: Channel::BackEnd, session: scene.agent.session, message }.encode().unwrap();
+    let bytes = Frame::new(Channel::BackEnd, scene.agent.session, message).encode().unwrap();
     for _ in 0..32 {
         scene.agent.post(&bytes);
     }

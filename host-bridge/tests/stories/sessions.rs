@@ -172,7 +172,7 @@ async fn frames_of_another_session_are_ignored() {
     let mut second = scene.connect_front_end().await;
     let stale = |session, value| {
         let message = FrontEndReply::Acknowledgement(value).encode(SET_OWNER);
-        Frame { channel: Channel::FrontEnd, session, message }
+        Frame::new(Channel::FrontEnd, session, message)
     };
     scene.agent.send(&stale(1, 0)).await;
     second.send(R::SetOwner, true).await;
@@ -197,7 +197,7 @@ async fn frames_of_another_session_are_ignored() {
 async fn requests_of_the_back_end_are_refused() {
     let (mut scene, mut front_end) = Scene::connected().await;
     let message = BackEndRequest::ConfigChange.encode(true);
-    let frame = Frame { channel: Channel::BackEnd, session: scene.agent.session, message };
+    let frame = Frame::new(Channel::BackEnd, scene.agent.session, message);
     scene.agent.send(&frame).await;
     let answer = scene.agent.frame().await;
     assert_eq!((answer.channel, answer.session), (Channel::BackEnd, frame.session));

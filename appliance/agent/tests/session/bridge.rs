@@ -90,7 +90,7 @@ impl Bridge {
     }
 
     pub(crate) fn send_frame(&self, channel: Channel, session: u32, message: RawMessage<Handle>) {
-        self.send_bytes(Frame { channel, session, message }.encode().unwrap());
+        self.send_bytes(Frame::new(channel, session, message).encode().unwrap());
     }
 
     pub(crate) fn send(&self, request: FrontEndRequest<Handle>) {
