@@ -1,0 +1,1 @@
+//! What the front-end has told of the driver VM's IOMMU.
