@@ -28,7 +28,7 @@ use crate::appliance::{ApplianceError, file_identity};
 use crate::cli::Options;
 use crate::doorbells::Doorbells;
 use crate::front_end::{FrontEnds, remove_stale_socket};
-use crate::session::{Appliance, Session, SessionError};
+use crate::session::{Appliance, Interrupted, Session, SessionError};
 
 /// How long the agent may take to clear a session away and have a back-end ready again.
 const CLEAR_TIMEOUT: Duration = Duration::from_secs(30);
@@ -220,13 +220,17 @@ async fn serve_session(
 ) -> anyhow::Result<()> {
     tracing::info!(session = number, "front-end connected");
     notify(&[NotifyState::Status("front-end connected")]);
-    let session = Session::new(number, MessageSocket::new(stream)?, appliance);
+    let mut session = Session::new(number, MessageSocket::new(stream)?);
+    let serve = async {
+        session.attach(number, appliance).await?;
+        session.serve(appliance, std::future::pending()).await
+    };
     let ended = tokio::select! {
-        ended = session.run() => ended,
+        ended = serve => ended,
         failed = front_ends.turn_away() => return failed,
     };
     match ended {
-        Ok(()) => tracing::info!(session = number, "front-end disconnected"),
+        Ok(Interrupted) | Err(SessionError::Closed) => tracing::info!(session = number, "front-end disconnected"),
         Err(SessionError::Appliance(error)) => return Err(error.into()),
         Err(error) => {
             let error = anyhow::Error::from(error);

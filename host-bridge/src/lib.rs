@@ -7,7 +7,8 @@
 //! ```
 //!
 //! - [`bridge`] starts and ends everything and holds the life cycle;
-//! - [`session`] takes the requests of one front-end, one after the other, and says for each who answers it;
+//! - [`session`] is the life of a front-end's connection: it takes its requests, one after the other, says for each who
+//!   answers it, and brings the next back-end to the state that the front-end has set;
 //! - `translate` is the one place where a file descriptor becomes a handle;
 //! - `doorbells` is the one place where the eventfds of kicks and calls are chosen, and relays them;
 //! - [`log_limit`] bounds what peers can make the bridge log;

@@ -1,17 +1,9 @@
-//! One session: the requests of one front-end, one after the other, from its connection to its end.
-//!
-//! Each request is decoded once, and then answered by the bridge itself, by the agent, or refused by name. The bridge waits
-//! for the agent's answer before it takes the next request, so there is never more than one under way. What was not done
-//! is never answered as done; if a failure cannot be told because the front-end asked for no answer, the session ends.
-//!
-//! A front-end's fault ends its session and nothing else. What the appliance does wrong ends the bridge: the appliance has
-//! to be started anew with a new one.
+//! Requests of an attached front-end, one after the other.
 
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use tokio::sync::watch;
-use vvu_protocol::DecodeError;
 use vvu_protocol::carriage::{self, Carriage};
 use vvu_protocol::control::{Channel, Frame, Handle};
 use vvu_protocol::features::{Features, ProtocolFeatures};
@@ -21,8 +13,8 @@ use vvu_protocol::message::{
 };
 use vvu_protocol::window::{Layout, Plan, RegionOfFile, WindowError};
 use vvu_socket::event::EventError;
-use vvu_socket::{MessageSocket, SocketError};
 
+use super::{Interrupted, Session, SessionError};
 use crate::appliance::control::{ControlPort, ControlState};
 use crate::appliance::window::{WindowPort, WindowState};
 use crate::appliance::{ApplianceError, file_identity};
@@ -48,56 +40,6 @@ pub struct Appliance {
     pub layout: Layout,
 }
 
-/// Why a session ended.
-#[derive(Debug, thiserror::Error)]
-pub enum SessionError {
-    /// The front-end's socket failed, or what came was no message.
-    #[error("front-end")]
-    Socket(#[from] SocketError),
-    /// A message of the front-end could not be decoded.
-    #[error("front-end sent a message that is not valid")]
-    Decode(#[from] DecodeError),
-    /// The front-end uses a feature that it was not offered.
-    #[error("front-end sets features {found:#x}, of which {surplus:#x} were not offered")]
-    Features {
-        /// What it sets.
-        found: u64,
-        /// What of that was not offered.
-        surplus: u64,
-    },
-    /// The front-end names a queue that does not exist.
-    #[error("front-end names queue {found}, the device has {count}")]
-    Queue {
-        /// Index that came.
-        found: u32,
-        /// Number of queues.
-        count: usize,
-    },
-    /// A request failed, and the front-end did not ask for an answer.
-    #[error("{request} failed, and the front-end cannot be told otherwise")]
-    Untold {
-        /// Name of the request.
-        request: &'static str,
-    },
-    /// A request has a reply of its own, but this bridge does not carry it.
-    #[error("front-end sent {request}, which it was not offered: {reason}")]
-    NotOffered {
-        /// Name of the request.
-        request: &'static str,
-        /// Why it is not carried.
-        reason: &'static str,
-    },
-    /// The back-end in the appliance has gone.
-    #[error("the back-end in the appliance went down")]
-    BackEndDown,
-    /// The appliance has reset its window, and driver memory is gone from it.
-    #[error("the appliance has reset the window device")]
-    WindowLost,
-    /// The appliance broke the protocol, or is gone.
-    #[error("appliance")]
-    Appliance(#[from] ApplianceError),
-}
-
 /// Why a memory table was refused; the session goes on with the table before.
 #[derive(Debug, thiserror::Error)]
 enum TableError {
@@ -118,61 +60,64 @@ enum Answer {
     Acknowledgement(u64),
 }
 
-/// One session.
-#[derive(Debug)]
-pub struct Session<'a> {
-    number: u32,
-    front_end: MessageSocket,
-    appliance: &'a mut Appliance,
-    watch: ApplianceWatch,
-    offered: Features,
-    offered_protocol: ProtocolFeatures,
-    protocol: ProtocolFeatures,
+/// What a relay remembers between two calls.
+#[derive(Debug, Default)]
+pub(super) struct State {
+    attachment: u32,
+    watch: Option<ApplianceWatch>,
+    offered: Option<Features>,
+    offered_protocol: Option<ProtocolFeatures>,
+    protocol: Option<ProtocolFeatures>,
 }
 
-impl<'a> Session<'a> {
-    /// A session of a front-end that has just connected. `number` is larger than that of every session before.
-    #[must_use]
-    pub fn new(number: u32, front_end: MessageSocket, appliance: &'a mut Appliance) -> Self {
-        let watch = ApplianceWatch::new(appliance);
-        Self {
-            number,
-            front_end,
-            appliance,
-            watch,
-            offered: Features::empty(),
-            offered_protocol: ProtocolFeatures::empty(),
-            protocol: ProtocolFeatures::empty(),
-        }
+impl State {
+    pub(super) fn attach(&mut self, attachment: u32, appliance: &mut Appliance) {
+        self.attachment = attachment;
+        self.watch = Some(ApplianceWatch::new(appliance));
     }
+}
 
-    /// Shows the agent that the front-end is there, and serves it until it closes its socket.
-    ///
-    /// # Errors
-    /// [`SessionError`] says what else ended the session.
-    pub async fn run(mut self) -> Result<(), SessionError> {
-        self.appliance.control.commands.connect(self.number).await?;
+/// A session at work with an appliance.
+pub(super) struct Relay<'a> {
+    pub(super) session: &'a mut Session,
+    pub(super) appliance: &'a mut Appliance,
+}
+
+impl Relay<'_> {
+    pub(super) async fn serve(mut self, interrupt: impl Future<Output = ()>) -> Result<Interrupted, SessionError> {
+        tokio::pin!(interrupt);
         loop {
             tokio::select! {
-                message = self.front_end.recv() => match message? {
-                    Some(message) => self.serve(message).await?,
-                    None => return Ok(()),
+                message = self.session.front_end.recv() => match message? {
+                    Some(message) => self.take(message).await?,
+                    None => return Err(SessionError::Closed),
                 },
                 frame = self.appliance.control.recv() => self.unasked(frame?).await?,
-                lost = self.watch.lost() => return Err(lost),
+                lost = lost(&mut self.session.relay.watch) => return Err(lost),
+                () = &mut interrupt => return Ok(Interrupted),
             }
         }
     }
 
-    async fn serve(&mut self, message: RawMessage<OwnedFd>) -> Result<(), SessionError> {
+    async fn take(&mut self, message: RawMessage<OwnedFd>) -> Result<(), SessionError> {
         let header = message.header;
         let request = FrontEndRequest::decode(message)?;
         let name = request.name();
-        tracing::debug!(session = self.number, request = name, code = header.request, "request of the front-end");
+        tracing::debug!(
+            session = self.session.relay.attachment,
+            request = name,
+            code = header.request,
+            "request of the front-end"
+        );
         let reply = match self.handle(request).await? {
             Answer::Reply(reply) => reply,
             Answer::Acknowledgement(value) => {
-                let asked = header.needs_reply && self.protocol.contains(ProtocolFeatures::REPLY_ACK);
+                let asked = header.needs_reply
+                    && self
+                        .session
+                        .relay
+                        .protocol
+                        .is_some_and(|protocol| protocol.contains(ProtocolFeatures::REPLY_ACK));
                 match (asked, value) {
                     (true, value) => FrontEndReply::Acknowledgement(value),
                     (false, 0) => return Ok(()),
@@ -180,7 +125,7 @@ impl<'a> Session<'a> {
                 }
             }
         };
-        Ok(self.front_end.send(&reply.encode(header.request)).await?)
+        Ok(self.session.front_end.send(&reply.encode(header.request)).await?)
     }
 
     async fn handle(&mut self, request: FrontEndRequest<OwnedFd>) -> Result<Answer, SessionError> {
@@ -217,7 +162,7 @@ impl<'a> Session<'a> {
         let request = match carried {
             Ok(request) => request,
             Err(reason) => {
-                tracing::warn!(session = self.number, request = name, reason, "refused");
+                tracing::warn!(session = self.session.relay.attachment, request = name, reason, "refused");
                 let has_reply = row.is_some_and(|row| row.reply != ReplyPayload::None);
                 let refusal = Answer::Acknowledgement(REFUSED);
                 return if has_reply { Err(SessionError::NotOffered { request: name, reason }) } else { Ok(refusal) };
@@ -234,24 +179,25 @@ impl<'a> Session<'a> {
 
     async fn offer(&mut self) -> Result<Answer, SessionError> {
         let value = self.ask_number(FrontEndRequest::GetFeatures).await?;
-        self.offered = Features::from_bits_retain(value);
-        Ok(Answer::Reply(FrontEndReply::Number(self.offered.bits())))
+        self.session.relay.offered = Some(Features::from_bits_retain(value));
+        Ok(Answer::Reply(FrontEndReply::Number(value)))
     }
 
     async fn set_features(&mut self, features: Features) -> Result<Answer, SessionError> {
-        check_offered(features.bits(), self.offered.bits())?;
+        check_offered(features.bits(), self.session.relay.offered.map_or(0, |offered| offered.bits()))?;
         self.relay(FrontEndRequest::SetFeatures(features)).await
     }
 
     async fn offer_protocol(&mut self) -> Result<Answer, SessionError> {
         let value = self.ask_number(FrontEndRequest::GetProtocolFeatures).await?;
-        self.offered_protocol = carriage::offer_protocol(ProtocolFeatures::from_bits_retain(value));
-        Ok(Answer::Reply(FrontEndReply::Number(self.offered_protocol.bits())))
+        let offered = carriage::offer_protocol(ProtocolFeatures::from_bits_retain(value));
+        self.session.relay.offered_protocol = Some(offered);
+        Ok(Answer::Reply(FrontEndReply::Number(offered.bits())))
     }
 
     async fn set_protocol_features(&mut self, protocol: ProtocolFeatures) -> Result<Answer, SessionError> {
-        check_offered(protocol.bits(), self.offered_protocol.bits())?;
-        self.protocol = protocol;
+        check_offered(protocol.bits(), self.session.relay.offered_protocol.map_or(0, |offered| offered.bits()))?;
+        self.session.relay.protocol = Some(protocol);
         self.relay(FrontEndRequest::SetProtocolFeatures(protocol.difference(carriage::OWN_PROTOCOL_FEATURES))).await
     }
 
@@ -302,7 +248,7 @@ impl<'a> Session<'a> {
 
     /// Maps what is new, tells the back-end, unmaps what is old, and only then answers.
     async fn set_memory(&mut self, table: Vec<(MemoryRegion, OwnedFd)>) -> Result<Answer, SessionError> {
-        let session = self.number;
+        let session = self.session.relay.attachment;
         let plan = match plan_table(&self.appliance.layout, &table) {
             Ok(plan) => plan,
             Err(error) => return Ok(refuse(session, &error)),
@@ -375,7 +321,7 @@ impl<'a> Session<'a> {
     /// Sends a request to the agent and waits for the answer.
     async fn ask(&mut self, request: FrontEndRequest<Handle>) -> Result<FrontEndReply<Handle>, SessionError> {
         let (code, name) = (request.code(), request.name());
-        let frame = Frame::new(Channel::FrontEnd, self.number, request.encode(true));
+        let frame = Frame::new(Channel::FrontEnd, self.session.relay.attachment, request.encode(true));
         self.appliance.control.commands.send(&frame).await?;
         match tokio::time::timeout(ANSWER_TIMEOUT, self.answer(code)).await {
             Ok(reply) => reply,
@@ -390,21 +336,25 @@ impl<'a> Session<'a> {
                 biased;
                 frame = self.appliance.control.recv() => {
                     let frame = frame?;
-                    if frame.session == self.number && frame.channel == Channel::FrontEnd {
+                    if frame.session == self.session.relay.attachment && frame.channel == Channel::FrontEnd {
                         let decoded = FrontEndReply::decode(code, frame.message);
                         return decoded.map_err(|source| ApplianceError::Decode { device: "control", source }.into());
                     }
                     self.unasked(frame).await?;
                 }
-                lost = self.watch.lost() => return Err(lost),
+                lost = lost(&mut self.session.relay.watch) => return Err(lost),
             }
         }
     }
 
     /// A frame that answers nothing: of an earlier session, or a request of the back-end, which is not offered.
     async fn unasked(&mut self, frame: Frame) -> Result<(), SessionError> {
-        if frame.session != self.number {
-            tracing::debug!(session = self.number, of = frame.session, "dropped a frame of another session");
+        if frame.session != self.session.relay.attachment {
+            tracing::debug!(
+                session = self.session.relay.attachment,
+                of = frame.session,
+                "dropped a frame of another session"
+            );
             return Ok(());
         }
         let code = frame.message.header.request;
@@ -413,7 +363,7 @@ impl<'a> Session<'a> {
             return Err(ApplianceError::Request { device: "control", request }.into());
         }
         let message = BackEndReply::Acknowledgement(REFUSED).encode(code);
-        let reply = Frame::new(Channel::BackEnd, self.number, message);
+        let reply = Frame::new(Channel::BackEnd, self.session.relay.attachment, message);
         Ok(self.appliance.control.commands.send(&reply).await?)
     }
 
@@ -452,6 +402,13 @@ impl ApplianceWatch {
             _ = self.control.wait_for(|state| state.downs != self.downs) => SessionError::BackEndDown,
             _ = self.window.wait_for(|state| state.losses != self.losses) => SessionError::WindowLost,
         }
+    }
+}
+
+async fn lost(watch: &mut Option<ApplianceWatch>) -> SessionError {
+    match watch {
+        Some(watch) => watch.lost().await,
+        None => SessionError::BackEndDown,
     }
 }
 
