@@ -1,5 +1,7 @@
 //! Requests of the front-end, typed.
 
+use std::convert::Infallible;
+
 use crate::DecodeError;
 use crate::features::{Features, ProtocolFeatures};
 use crate::memory::{MAX_TABLE_REGIONS, MemoryRegion};
@@ -250,55 +252,80 @@ impl<F> FrontEndRequest<F> {
         RawMessage::request(code, needs_reply, writer.done(), descriptors)
     }
 
+    /// The same request with other descriptors, each made of the one before.
+    #[must_use]
+    pub fn map_descriptors<G>(self, mut change: impl FnMut(F) -> G) -> FrontEndRequest<G> {
+        let Ok(request) = self.try_map_descriptors(|file| Ok::<G, Infallible>(change(file)));
+        request
+    }
+
     /// The same request for another kind of descriptor, or `None` if it carries descriptors or is not known.
     #[must_use]
     pub fn without_descriptors<G>(self) -> Option<FrontEndRequest<G>> {
-        Some(match self {
-            Self::GetFeatures => FrontEndRequest::GetFeatures,
-            Self::SetFeatures(content) => FrontEndRequest::SetFeatures(content),
-            Self::SetOwner => FrontEndRequest::SetOwner,
-            Self::ResetOwner => FrontEndRequest::ResetOwner,
-            Self::SetVringNum(content) => FrontEndRequest::SetVringNum(content),
-            Self::SetVringAddr(content) => FrontEndRequest::SetVringAddr(content),
-            Self::SetVringBase(content) => FrontEndRequest::SetVringBase(content),
-            Self::GetVringBase(content) => FrontEndRequest::GetVringBase(content),
-            Self::GetProtocolFeatures => FrontEndRequest::GetProtocolFeatures,
-            Self::SetProtocolFeatures(content) => FrontEndRequest::SetProtocolFeatures(content),
-            Self::GetQueueNum => FrontEndRequest::GetQueueNum,
-            Self::SetVringEnable(content) => FrontEndRequest::SetVringEnable(content),
-            Self::SendRarp(content) => FrontEndRequest::SendRarp(content),
-            Self::NetSetMtu(content) => FrontEndRequest::NetSetMtu(content),
-            Self::Iotlb(content) => FrontEndRequest::Iotlb(content),
-            Self::SetVringEndian(content) => FrontEndRequest::SetVringEndian(content),
-            Self::GetConfig(content) => FrontEndRequest::GetConfig(content),
-            Self::SetConfig(content) => FrontEndRequest::SetConfig(content),
-            Self::CreateCryptoSession(content) => FrontEndRequest::CreateCryptoSession(content),
-            Self::CloseCryptoSession(content) => FrontEndRequest::CloseCryptoSession(content),
-            Self::PostcopyAdvise => FrontEndRequest::PostcopyAdvise,
-            Self::PostcopyListen => FrontEndRequest::PostcopyListen,
-            Self::PostcopyEnd => FrontEndRequest::PostcopyEnd,
-            Self::GetInflightFd(content) => FrontEndRequest::GetInflightFd(content),
-            Self::ResetDevice => FrontEndRequest::ResetDevice,
-            Self::VringKick(content) => FrontEndRequest::VringKick(content),
-            Self::GetMaxMemSlots => FrontEndRequest::GetMaxMemSlots,
-            Self::RemMemReg(content) => FrontEndRequest::RemMemReg(content),
-            Self::SetStatus(content) => FrontEndRequest::SetStatus(content),
-            Self::GetStatus => FrontEndRequest::GetStatus,
-            Self::GetSharedObject(content) => FrontEndRequest::GetSharedObject(content),
-            Self::CheckDeviceState => FrontEndRequest::CheckDeviceState,
-            Self::GetShmemConfig => FrontEndRequest::GetShmemConfig,
-            Self::SetMemTable(..)
-            | Self::SetLogBase(..)
-            | Self::SetLogFd(..)
-            | Self::SetVringKick(..)
-            | Self::SetVringCall(..)
-            | Self::SetVringErr(..)
-            | Self::SetBackendReqFd(..)
-            | Self::SetInflightFd(..)
-            | Self::GpuSetSocket(..)
-            | Self::AddMemReg(..)
-            | Self::SetDeviceStateFd(..)
-            | Self::Unknown(..) => return None,
+        match self {
+            Self::Unknown(..) => None,
+            known => known.try_map_descriptors(|_| Err(())).ok(),
+        }
+    }
+
+    /// The same request with other descriptors, each made of the one before.
+    ///
+    /// # Errors
+    /// The first error of `change`.
+    pub fn try_map_descriptors<G, E>(self, mut change: impl FnMut(F) -> Result<G, E>) -> Result<FrontEndRequest<G>, E> {
+        use FrontEndRequest as To;
+        Ok(match self {
+            Self::SetMemTable(regions) => {
+                let regions = regions.into_iter().map(|(region, file)| Ok((region, change(file)?)));
+                To::SetMemTable(regions.collect::<Result<_, E>>()?)
+            }
+            Self::SetLogBase(area, file) => To::SetLogBase(area, change(file)?),
+            Self::SetLogFd(file) => To::SetLogFd(change(file)?),
+            Self::SetVringKick(file) => To::SetVringKick(file.try_map(change)?),
+            Self::SetVringCall(file) => To::SetVringCall(file.try_map(change)?),
+            Self::SetVringErr(file) => To::SetVringErr(file.try_map(change)?),
+            Self::SetBackendReqFd(file) => To::SetBackendReqFd(change(file)?),
+            Self::SetInflightFd(inflight, file) => To::SetInflightFd(inflight, change(file)?),
+            Self::GpuSetSocket(file) => To::GpuSetSocket(change(file)?),
+            Self::AddMemReg(region, file) => To::AddMemReg(region, change(file)?),
+            Self::SetDeviceStateFd(transfer, file) => To::SetDeviceStateFd(transfer, change(file)?),
+            Self::Unknown(RawMessage { header, payload, descriptors }) => {
+                let descriptors = descriptors.into_iter().map(change).collect::<Result<_, E>>()?;
+                To::Unknown(RawMessage { header, payload, descriptors })
+            }
+            Self::GetFeatures => To::GetFeatures,
+            Self::SetOwner => To::SetOwner,
+            Self::ResetOwner => To::ResetOwner,
+            Self::GetProtocolFeatures => To::GetProtocolFeatures,
+            Self::GetQueueNum => To::GetQueueNum,
+            Self::PostcopyAdvise => To::PostcopyAdvise,
+            Self::PostcopyListen => To::PostcopyListen,
+            Self::PostcopyEnd => To::PostcopyEnd,
+            Self::ResetDevice => To::ResetDevice,
+            Self::GetMaxMemSlots => To::GetMaxMemSlots,
+            Self::GetStatus => To::GetStatus,
+            Self::CheckDeviceState => To::CheckDeviceState,
+            Self::GetShmemConfig => To::GetShmemConfig,
+            Self::SetFeatures(content) => To::SetFeatures(content),
+            Self::SetVringNum(content) => To::SetVringNum(content),
+            Self::SetVringAddr(content) => To::SetVringAddr(content),
+            Self::SetVringBase(content) => To::SetVringBase(content),
+            Self::GetVringBase(content) => To::GetVringBase(content),
+            Self::SetProtocolFeatures(content) => To::SetProtocolFeatures(content),
+            Self::SetVringEnable(content) => To::SetVringEnable(content),
+            Self::SendRarp(content) => To::SendRarp(content),
+            Self::NetSetMtu(content) => To::NetSetMtu(content),
+            Self::Iotlb(content) => To::Iotlb(content),
+            Self::SetVringEndian(content) => To::SetVringEndian(content),
+            Self::GetConfig(content) => To::GetConfig(content),
+            Self::SetConfig(content) => To::SetConfig(content),
+            Self::CreateCryptoSession(content) => To::CreateCryptoSession(content),
+            Self::CloseCryptoSession(content) => To::CloseCryptoSession(content),
+            Self::GetInflightFd(content) => To::GetInflightFd(content),
+            Self::VringKick(content) => To::VringKick(content),
+            Self::RemMemReg(content) => To::RemMemReg(content),
+            Self::SetStatus(content) => To::SetStatus(content),
+            Self::GetSharedObject(content) => To::GetSharedObject(content),
         })
     }
 

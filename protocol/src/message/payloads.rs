@@ -94,6 +94,10 @@ impl<F> VringFile<F> {
         Ok(Self { index, descriptor })
     }
 
+    pub(crate) fn try_map<G, E>(self, change: impl FnMut(F) -> Result<G, E>) -> Result<VringFile<G>, E> {
+        Ok(VringFile { index: self.index, descriptor: self.descriptor.map(change).transpose()? })
+    }
+
     pub(crate) fn value(&self) -> u64 {
         u64::from(self.index) | if self.descriptor.is_some() { 0 } else { VRING_NO_DESCRIPTOR }
     }

@@ -5,13 +5,19 @@
 //! ├─header──┼─dirty log─────────┼─inflight buffer────┼─driver memory─────────┤ filler: a region of its own, never mapped
 //! ```
 //!
-//! Each *file* of the front-end is mapped once, not each region: front-ends list several regions of one file (below and
+//! Each *file* of driver memory is mapped once, not each region: front-ends list several regions of one file (below and
 //! above the holes of a PC). A [`Span`] is such a mapping: of the whole file if there is room for it, so that regions which
-//! are added later are there already, else of the part that regions use. Its place is congruent to its file offset modulo
-//! 2 MiB, so that huge pages stay huge and the appliance can map it with huge pages.
+//! are added later are there already; else of the part that regions use; else, if there is no room for that in one piece, of
+//! its pieces. A region that is mapped never moves as long as it is in the table. The place of a span is congruent to its
+//! file offset modulo 2 MiB, so that huge pages stay huge and the appliance can map it with huge pages.
 //!
 //! [`Layout`] decides; it maps nothing. Its user applies a [`Plan`] in the order: map new, tell the appliance, unmap old,
-//! [`Layout::commit`].
+//! [`Layout::commit`]. Log and inflight buffer have an [`Area`] each, with room for two: the next one is mapped before the
+//! one before is unmapped.
+
+mod area;
+
+pub use area::{Area, Buffer, BufferError, Tail};
 
 use crate::address::{FileOffset, WindowOffset};
 use crate::memory::{MAX_SLOTS, MemoryRegion, PAGE_SIZE};
@@ -28,8 +34,9 @@ pub const LOG_LEN: u64 = 32 << 20;
 /// Start of the area for the dirty log.
 pub const LOG_OFFSET: WindowOffset = WindowOffset(HEADER_LEN);
 
-/// Length of the area for the inflight buffer in bytes; 64 queues of 1,024 entries need 1 MiB.
-pub const INFLIGHT_LEN: u64 = 4 << 20;
+/// Length of the area for the inflight buffer in bytes. 64 queues of 1,024 entries, each of 32 bytes as for a packed ring,
+/// take a little more than 2 MiB.
+pub const INFLIGHT_LEN: u64 = 8 << 20;
 
 /// Start of the area for the inflight buffer.
 pub const INFLIGHT_OFFSET: WindowOffset = WindowOffset(HEADER_LEN + LOG_LEN);
@@ -87,8 +94,15 @@ impl Span {
         self.len.next_multiple_of(ALIGNMENT)
     }
 
-    const fn covers(&self, other: &Extent) -> bool {
-        self.file_offset.0 <= other.start && other.end <= self.file_offset.0 + self.len
+    /// First window offset behind what it takes.
+    #[must_use]
+    pub const fn end(&self) -> u64 {
+        self.window_offset.0 + self.reserved()
+    }
+
+    fn covers(&self, entry: &RegionOfFile) -> bool {
+        let (start, end) = (entry.region.mmap_offset.0, entry.region.file_end());
+        self.file == entry.file && self.file_offset.0 <= start && end <= self.file_offset.0 + self.len
     }
 
     /// Where in the window a file offset within this span lies.
@@ -152,7 +166,16 @@ pub struct Layout {
     spans: Vec<Span>,
 }
 
-/// Part of a file that regions use.
+impl RegionOfFile {
+    fn check(&self) -> Result<(), WindowError> {
+        let (end, file_len) = (self.region.file_end(), self.file_len);
+        let fits = end <= file_len && file_len <= i64::MAX.unsigned_abs();
+        if fits { Ok(()) } else { Err(WindowError::BeyondFile { end, file_len }) }
+    }
+}
+
+/// Part of a file, rounded outwards to [`ALIGNMENT`] as far as the file reaches.
+#[derive(Debug, Clone, Copy)]
 struct Extent {
     file: FileId,
     file_len: u64,
@@ -161,6 +184,21 @@ struct Extent {
 }
 
 impl Extent {
+    /// The part that a region uses.
+    const fn new(entry: &RegionOfFile) -> Self {
+        let RegionOfFile { region, file, file_len } = *entry;
+        let (start, end) = (region.mmap_offset.0, region.file_end().next_multiple_of(ALIGNMENT));
+        let whole_pages = file_len - file_len % PAGE_SIZE;
+        let end = if end < whole_pages { end } else { whole_pages };
+        Self { file, file_len, start: start - start % ALIGNMENT, end }
+    }
+
+    /// The part that reaches from the start of one to the end of the other. (A file may have grown between two looks at it.)
+    fn hull(self, other: Self) -> Self {
+        let file_len = self.file_len.max(other.file_len);
+        Self { file: self.file, file_len, start: self.start.min(other.start), end: self.end.max(other.end) }
+    }
+
     /// All whole pages of the file.
     const fn whole_file(&self) -> Self {
         let end = self.file_len - self.file_len % PAGE_SIZE;
@@ -204,35 +242,65 @@ impl Layout {
         &self.spans
     }
 
-    /// Decides where the regions of a checked memory table go. Spans that still fit stay where they are.
+    /// Decides where the regions of a checked memory table go. Regions that are mapped stay where they are.
     ///
     /// # Errors
     /// [`WindowError`] if a region leaves its file or the files do not fit. The layout is as before then.
     pub fn plan(&self, table: &[RegionOfFile]) -> Result<Plan, WindowError> {
-        let extents = extents(table)?;
-        let mut spans = Vec::with_capacity(extents.len());
+        table.iter().try_for_each(RegionOfFile::check)?;
+        let covering = |entry: &RegionOfFile| self.spans.iter().find(|span| span.covers(entry));
+        let kept = |span: &Span| table.iter().any(|entry| covering(entry) == Some(span));
+        let (mut spans, unmap): (Vec<Span>, Vec<Span>) = self.spans.iter().partition(|span| kept(span));
+        let mut missing: Vec<RegionOfFile> = table.iter().filter(|entry| covering(entry).is_none()).copied().collect();
+        missing.sort_by_key(|entry| (entry.file, entry.region.mmap_offset));
+        let found = spans.len() + missing.chunk_by(|one, next| one.file == next.file).count();
+        if found > SPANS_MAX {
+            return Err(WindowError::TooManyFiles { found });
+        }
         let mut map = Vec::new();
-        for extent in &extents {
-            if let Some(kept) = self.spans.iter().find(|span| span.file == extent.file && span.covers(extent)) {
-                spans.push(*kept);
-            }
+        for regions in missing.chunk_by(|one, next| one.file == next.file) {
+            let partly_mapped = spans.iter().any(|span| regions.iter().any(|entry| entry.file == span.file));
+            let placed = self.place_file(regions, partly_mapped, &map)?;
+            map.extend(placed);
         }
-        for extent in &extents {
-            if spans.iter().any(|span| span.file == extent.file) {
-                continue;
-            }
-            let span = self.place(&extent.whole_file(), &map).or_else(|_| self.place(extent, &map))?;
-            map.push(span);
-            spans.push(span);
-        }
-        let unmap = self.spans.iter().filter(|old| !spans.contains(old)).copied().collect();
+        spans.extend(&map);
         let offsets = table.iter().filter_map(|entry| window_offset(&spans, entry)).collect();
         Ok(Plan { map, unmap, spans, offsets })
+    }
+
+    /// Places regions of one file, sorted by file offset: in one piece if possible, else in as many as it takes.
+    fn place_file(
+        &self,
+        regions: &[RegionOfFile],
+        partly_mapped: bool,
+        planned: &[Span],
+    ) -> Result<Vec<Span>, WindowError> {
+        let extents: Vec<Extent> = regions.iter().map(Extent::new).collect();
+        let hull = extents.iter().copied().reduce(Extent::hull);
+        let whole = hull.filter(|_| !partly_mapped).map(|hull| hull.whole_file());
+        for extent in whole.into_iter().chain(hull) {
+            if let Ok(span) = self.place(&extent, planned) {
+                return Ok(vec![span]);
+            }
+        }
+        let mut placed = Vec::new();
+        for pieces in extents.chunk_by(|one, next| next.start <= one.end) {
+            let taken: Vec<Span> = planned.iter().chain(&placed).copied().collect();
+            if let Some(extent) = pieces.iter().copied().reduce(Extent::hull) {
+                placed.push(self.place(&extent, &taken)?);
+            }
+        }
+        Ok(placed)
     }
 
     /// Takes over what a plan has mapped, after all its steps are done.
     pub fn commit(&mut self, plan: &Plan) {
         self.spans.clone_from(&plan.spans);
+    }
+
+    /// Takes over what is mapped in the area of driver memory, in whatever way that came to be.
+    pub fn adopt(&mut self, mapped: &[Span]) {
+        self.spans = mapped.iter().filter(|span| span.window_offset >= MEMORY_OFFSET).copied().collect();
     }
 
     /// Forgets all spans: the appliance has dropped the mappings, or they have been undone.
@@ -260,35 +328,8 @@ impl Layout {
     }
 }
 
-/// Groups regions by file, and rounds outwards to [`ALIGNMENT`] as far as the file reaches.
-fn extents(table: &[RegionOfFile]) -> Result<Vec<Extent>, WindowError> {
-    let mut extents: Vec<Extent> = Vec::new();
-    for RegionOfFile { region, file, file_len } in table {
-        let (start, end) = (region.mmap_offset.0, region.file_end());
-        if end > *file_len || *file_len > i64::MAX.unsigned_abs() {
-            return Err(WindowError::BeyondFile { end, file_len: *file_len });
-        }
-        match extents.iter_mut().find(|extent| extent.file == *file) {
-            Some(extent) => {
-                extent.start = extent.start.min(start);
-                extent.end = extent.end.max(end);
-            }
-            None => extents.push(Extent { file: *file, file_len: *file_len, start, end }),
-        }
-    }
-    if extents.len() > SPANS_MAX {
-        return Err(WindowError::TooManyFiles { found: extents.len() });
-    }
-    for extent in &mut extents {
-        let whole_pages = extent.whole_file().end;
-        extent.start -= extent.start % ALIGNMENT;
-        extent.end = extent.end.next_multiple_of(ALIGNMENT).min(whole_pages);
-    }
-    Ok(extents)
-}
-
 fn window_offset(spans: &[Span], entry: &RegionOfFile) -> Option<WindowOffset> {
-    let span = spans.iter().find(|span| span.file == entry.file)?;
+    let span = spans.iter().find(|span| span.covers(entry))?;
     Some(span.place(entry.region.mmap_offset))
 }
 
@@ -371,6 +412,44 @@ mod tests {
         let more = layout.plan(&[entry(7, GIB / 2, 0, ALIGNMENT), entry(7, GIB / 2, GIB / 4, ALIGNMENT)]).unwrap();
         assert!(more.map.is_empty() && more.unmap.is_empty());
         assert_eq!(more.offsets[1].0 - more.offsets[0].0, GIB / 4);
+    }
+
+    #[test]
+    fn a_region_never_moves_while_it_is_in_the_table() {
+        // The file is larger than the window, so only parts of it are mapped.
+        let mut layout = Layout::new(8 * ALIGNMENT).unwrap();
+        let region = |at: u64| entry(7, GIB, at * ALIGNMENT, ALIGNMENT);
+        let first = layout.plan(&[region(100)]).unwrap();
+        layout.commit(&first);
+        let both = layout.plan(&[region(101), region(100)]).unwrap();
+        assert_eq!((both.map.len(), both.unmap.len()), (1, 0));
+        assert_eq!(both.offsets[1], first.offsets[0]);
+        layout.commit(&both);
+        let second = layout.plan(&[region(101)]).unwrap();
+        assert_eq!((second.unmap, second.offsets[0]), (first.spans, both.offsets[0]));
+    }
+
+    #[test]
+    fn a_file_with_a_hole_that_does_not_fit_is_mapped_in_pieces() {
+        let layout = Layout::new(8 * ALIGNMENT).unwrap();
+        let table = [0, 1, 2, 200, 201, 100].map(|at| entry(7, GIB, at * ALIGNMENT, ALIGNMENT));
+        let plan = layout.plan(&table).unwrap();
+        let pieces: Vec<_> =
+            plan.map.iter().map(|span| (span.file_offset.0 / ALIGNMENT, span.len / ALIGNMENT)).collect();
+        assert_eq!(pieces, [(0, 3), (100, 1), (200, 2)]);
+        assert_eq!(plan.offsets.len(), table.len());
+        let more = [0, 20, 40, 60, 80, 100, 120, 140, 160].map(|at| entry(7, GIB, at * ALIGNMENT, ALIGNMENT));
+        assert!(matches!(layout.plan(&more), Err(WindowError::Full { .. })));
+    }
+
+    #[test]
+    fn what_is_mapped_is_adopted_from_its_own_area() {
+        let mut layout = Layout::new(GIB).unwrap();
+        let plan = layout.plan(&pc(7, GIB / 2)).unwrap();
+        let log = Span { window_offset: LOG_OFFSET, ..plan.map[0] };
+        layout.adopt(&[log, plan.map[0]]);
+        assert_eq!(layout.spans(), plan.spans);
+        assert!(layout.plan(&pc(7, GIB / 2)).unwrap().map.is_empty());
     }
 
     #[test]
