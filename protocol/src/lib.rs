@@ -8,7 +8,8 @@
 //! - [`carriage`]: which messages cross to the appliance, and why the others do not;
 //! - [`dax`]: the device-DAX header at the start of the window;
 //! - [`doorbell`]: the ivshmem protocol;
-//! - [`control`]: configuration space and frames of the control device.
+//! - [`control`]: configuration space and frames of the control device;
+//! - [`state`]: the messages that carry the state of a device between the VMs.
 //!
 //! Host bridge and appliance agent build on it, and so do their tests. Nothing here opens, waits, allocates by a peer's
 //! word, or is unsafe: input is a byte slice and output is a value or an error that says what was expected and what came.
@@ -23,6 +24,7 @@ pub mod features;
 pub mod memory;
 pub mod message;
 mod payload;
+pub mod state;
 pub mod window;
 
 pub use error::DecodeError;
