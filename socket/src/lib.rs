@@ -1,11 +1,12 @@
 //! What crosses between processes: vhost-user messages over a unix stream socket, with the file descriptors that come beside
-//! them, and the eventfds among these ([`event`]).
+//! them, and the eventfds ([`event`]) and pipes ([`stream`]) among these.
 //!
 //! Used by the bridge (towards the front-end and towards the appliance's VMM) and by the agent (towards the back-end). It
 //! moves whole messages and owns every descriptor from the moment the kernel hands it over: what is surplus, truncated
 //! or belongs to a broken message is closed. It never looks into a payload, and never changes the flags of a descriptor.
 
 pub mod event;
+pub mod stream;
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -18,6 +19,7 @@ use rustix::net::{
     SendFlags, recvmsg, sendmsg,
 };
 use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use vvu_protocol::DecodeError;
 use vvu_protocol::message::{Header, MAX_DESCRIPTORS, RawMessage};
 
@@ -114,6 +116,20 @@ impl MessageSocket {
                 self.inbox.header = Some(Header::decode(bytes)?);
             }
         }
+    }
+
+    /// Waits until the peer has closed the stream, whatever it has sent before and nobody has read. May be cancelled.
+    ///
+    /// # Errors
+    /// If the stream cannot be watched.
+    #[expect(unsafe_code, reason = "tokio wants the promise that the descriptor stays what it is")]
+    pub async fn hung_up(&self) -> io::Result<()> {
+        let descriptor = self.stream.as_fd().try_clone_to_owned()?;
+        // SAFETY: an OwnedFd is open for as long as it lives, and always returns the same descriptor; the AsyncFd owns it.
+        let registered = unsafe { AsyncFd::register_with_interest(descriptor, Interest::PRIORITY) };
+        // A unix socket has no priority data, so nothing wakes this but the end of the stream.
+        let watched = registered.map_err(|error| error.into_parts().1)?;
+        watched.ready(Interest::PRIORITY).await.map(drop)
     }
 
     /// Sends one message, header and payload in one system call as long as the socket takes them. Must not be cancelled.
@@ -228,6 +244,28 @@ mod tests {
         theirs.write_all(&bytes[bytes.len() - 1..]).unwrap();
         assert_eq!(ours.recv().await.unwrap().unwrap().payload, [1, 2, 3, 4]);
         drop(theirs);
+        assert!(ours.recv().await.unwrap().is_none());
+    }
+
+    #[tokio::test]
+    async fn the_end_is_seen_behind_unread_messages() {
+        use std::io::Write;
+        let (mut ours, mut theirs) = pair();
+        let bytes = RawMessage::<OwnedFd>::request(3, false, vec![1, 2, 3, 4], vec![]).to_bytes();
+        for _ in 0..3 {
+            theirs.write_all(&bytes).unwrap();
+            tokio::select! {
+                biased;
+                _ = ours.hung_up() => panic!("the peer is still there"),
+                () = tokio::time::sleep(std::time::Duration::from_millis(20)) => {}
+            }
+        }
+        drop(theirs);
+        ours.hung_up().await.unwrap();
+        // What was sent before is still there.
+        for _ in 0..3 {
+            assert_eq!(ours.recv().await.unwrap().unwrap().payload, [1, 2, 3, 4]);
+        }
         assert!(ours.recv().await.unwrap().is_none());
     }
 
