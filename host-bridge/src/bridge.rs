@@ -1,42 +1,39 @@
-//! The life of the bridge: it makes its sockets, waits for the appliance's VMM, then takes one front-end after the other.
+//! The bridge at work: it makes its sockets, takes on front-ends and appliances, and does what [`Life`] says.
 //!
-//! ```text
-//! listening ──VMM connects──► booting ──BACK_END_UP──► ready ──front-end connects──► connected
-//!                                                        ▲                               │ front-end or back-end ends
-//!                                                        └── BACK_END_UP, unmapped ◄── clearing
-//! ```
+//! Everything that happens is an event for [`Life::handle`], whose effects are carried out at once; then [`Life::activity`] says
+//! what to wait for or to work at next. Meanwhile device sets come and go: what becomes of them is taken over when the work at
+//! hand is done, or when it can be interrupted. The work fails by itself if its appliance goes.
 //!
-//! The bridge ends when it is told to (success), or when the appliance's VMM goes away or breaks the protocol (failure).
+//! The bridge ends when it is told to, or with the only front-end that it was given (`--fd`). An appliance that goes away or
+//! breaks the protocol is dropped, and the front-end waits for the next one.
 
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use sd_notify::NotifyState;
-use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::task::{JoinSet, LocalSet};
+use tokio::sync::Notify;
+use tokio::task::LocalSet;
+use tokio::time::{Instant, timeout};
 use uuid::Uuid;
 use vvu_protocol::window::Layout;
 use vvu_socket::MessageSocket;
 
-use crate::appliance::control::Control;
-use crate::appliance::doorbell::Doorbell;
-use crate::appliance::window::{Window, header_file};
-use crate::appliance::{ApplianceError, file_identity};
+use crate::announcement::Announcer;
+use crate::appliance::sets::{DeviceSets, Model, SetEvent};
+use crate::appliance::{Appliance, ApplianceError, CLEAR_TIMEOUT};
 use crate::cli::Options;
-use crate::doorbells::Doorbells;
-use crate::front_end::{FrontEnds, remove_stale_socket};
-use crate::session::{Appliance, Interrupted, Session, SessionError};
+use crate::front_end::FrontEnds;
+use crate::life::{Activity, Effect, Event, Life, Role};
+use crate::session::{Blame, Interrupted, Session, SessionError};
 
-/// How long the agent may take to clear a session away and have a back-end ready again.
-const CLEAR_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long an appliance that is dropped may take to give driver memory back, before another one gets it.
+const TAKE_BACK_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Runs the bridge to its end.
 ///
 /// # Errors
-/// What the user did wrong, or what ended the appliance.
+/// What the user did wrong, or a failure of the system.
 pub fn run(options: Options) -> anyhow::Result<()> {
     if options.exit_with_parent {
         let term = rustix::process::Signal::TERM;
@@ -60,222 +57,380 @@ async fn serve(options: Options) -> anyhow::Result<()> {
     let directory = options.appliance_dir.context("--appliance-dir is missing")?;
     let uuid = options.uuid.unwrap_or_else(Uuid::new_v4);
     let layout = Layout::new(options.window)?;
-    let doorbells = Doorbells::new(options.queues)?;
-    let mut front_ends = match (options.socket_path, options.fd) {
+    let front_ends = match (options.socket_path, options.fd) {
         (Some(path), _) => FrontEnds::bind(&path)?,
         (None, Some(number)) => FrontEnds::inherit(number)?,
         (None, None) => bail!("--socket-path or --fd is missing"),
     };
-    let sockets = ApplianceSockets::bind(&directory)?;
     tracing::info!(%uuid, directory = %directory.display(), window = layout.len(), queues = options.queues, "listening");
-    notify(&[NotifyState::Custom("X_VVU_LISTENING=1"), NotifyState::Status("waiting for the appliance's VMM")]);
-
-    let mut tasks = JoinSet::new();
-    let appliance = sockets.accept(&mut tasks, *uuid.as_bytes(), options.queues, layout, doorbells).await?;
-    notify(&[NotifyState::Status("appliance boots")]);
-    tokio::select! {
-        // What ended a device says more than what the session noticed of it.
-        biased;
-        ended = tasks.join_next() => match ended {
-            Some(Ok(Err(error))) => Err(error.into()),
-            Some(Err(error)) => Err(error).context("a task of the bridge failed"),
-            Some(Ok(Ok(()))) | None => bail!("a task of the bridge ended early"),
-        },
-        result = serve_front_ends(&mut front_ends, appliance) => result,
-    }
+    let sets = DeviceSets::bind(&directory, Model { uuid: *uuid.as_bytes(), queues: options.queues, layout })?;
+    Bridge::new(sets, front_ends).run().await
 }
 
-/// The listening sockets of the device set. Each takes one connection; the files are removed at the end.
-struct ApplianceSockets {
-    control: (UnixListener, RemovedAtEnd),
-    window: (UnixListener, RemovedAtEnd),
-    doorbell: (UnixListener, RemovedAtEnd),
+/// What an activity has come to.
+enum Outcome {
+    /// There is something to take from the device sets.
+    Interrupted,
+    /// This has happened.
+    Happened(Event),
+    /// A front-end has connected, or there will be none any more.
+    FrontEnd(Option<UnixStream>),
+    /// The work has failed, and with which appliance, if there was one.
+    Failed(Option<u32>, SessionError),
 }
 
-struct RemovedAtEnd(PathBuf);
-
-impl Drop for RemovedAtEnd {
-    fn drop(&mut self) {
-        // The directory may have been removed already; there is nobody to tell.
-        let _ = std::fs::remove_file(&self.0);
-    }
+/// The active appliance was told to let go of its session.
+#[derive(Debug)]
+struct Clearing {
+    deadline: Instant,
+    told: Result<(), ApplianceError>,
 }
 
-impl ApplianceSockets {
-    fn bind(directory: &Path) -> anyhow::Result<Self> {
-        let listen = |name: &str| -> anyhow::Result<(UnixListener, RemovedAtEnd)> {
-            let path = directory.join(name);
-            remove_stale_socket(&path)?;
-            let listener = UnixListener::bind(&path).with_context(|| {
-                format!(
-                    "cannot listen at {}: create the directory of --appliance-dir and make it writable",
-                    path.display()
-                )
-            })?;
-            Ok((listener, RemovedAtEnd(path)))
-        };
-        Ok(Self {
-            control: listen("control.sock")?,
-            window: listen("window.sock")?,
-            doorbell: listen("doorbell.sock")?,
-        })
+/// Who is there, and since when.
+struct Bridge {
+    life: Life,
+    sets: DeviceSets,
+    front_ends: FrontEnds,
+    session: Option<Session>,
+    active: Option<Appliance>,
+    standby: Option<Appliance>,
+    /// One that has just come and has no role yet.
+    newcomer: Option<Appliance>,
+    clearing: Option<Clearing>,
+    /// Front-ends so far.
+    session_count: u32,
+    /// The protocol's session numbers so far, over all appliances: each attachment has one.
+    attachment_count: u32,
+    /// Since when the front-end has no back-end, if it had one.
+    paused: Option<Instant>,
+    announcer: Announcer,
+}
+
+impl Bridge {
+    fn new(sets: DeviceSets, front_ends: FrontEnds) -> Self {
+        let life = Life::new();
+        Self {
+            life,
+            sets,
+            front_ends,
+            session: None,
+            active: None,
+            standby: None,
+            newcomer: None,
+            clearing: None,
+            session_count: 0,
+            attachment_count: 0,
+            paused: None,
+            announcer: Announcer::listening(life.status()),
+        }
     }
 
-    /// Waits for the VMM at all three sockets, in whatever order it connects, and starts the task of each as it comes: the
-    /// VMM waits for answers on one before it connects to the next.
-    async fn accept(
-        self,
-        tasks: &mut JoinSet<Result<(), ApplianceError>>,
-        uuid: [u8; 16],
-        queues: u16,
-        layout: Layout,
-        doorbells: Doorbells,
-    ) -> anyhow::Result<Appliance> {
-        let (mut control, mut window, mut doorbell) = (None, None, false);
-        let mut announcement = Some(doorbells.announce()?);
-        let header = header_file(uuid, layout.len())?;
-        let (header_id, _) = file_identity(&header)?;
-        while control.is_none() || window.is_none() || !doorbell {
+    async fn run(mut self) -> anyhow::Result<()> {
+        loop {
+            self.take_set_events().await;
+            self.announce();
+            match self.perform().await? {
+                Outcome::Interrupted => {}
+                Outcome::Happened(event) => self.handle(event, None).await,
+                Outcome::FrontEnd(Some(stream)) => self.take_on(stream).await,
+                Outcome::FrontEnd(None) => return Ok(()),
+                Outcome::Failed(number, error) => self.failed(number, error).await,
+            }
+        }
+    }
+
+    fn announce(&mut self) {
+        if let Some(active) = self.active.as_ref().filter(|_| self.life.is_settled()) {
+            self.announcer.active(active.number);
+        }
+        self.announcer.status(self.life.status());
+    }
+
+    /// Does what there is to do, until something has come of it.
+    async fn perform(&mut self) -> anyhow::Result<Outcome> {
+        match self.life.activity() {
+            Activity::AwaitAppliance => self.await_appliance().await,
+            Activity::AwaitFrontEnd => self.await_front_end().await,
+            Activity::AwaitCleared => self.await_cleared().await,
+            Activity::Attach => self.attach(Role::Active).await,
+            Activity::Move => self.attach(Role::Standby).await,
+            Activity::Serve => self.serve().await,
+            Activity::Drain => self.drain().await,
+        }
+    }
+
+    async fn await_appliance(&mut self) -> anyhow::Result<Outcome> {
+        let Self { sets, front_ends, session, .. } = self;
+        if session.is_none() && front_ends.are_used_up() {
+            return Ok(Outcome::FrontEnd(None));
+        }
+        let interrupt = Notify::new();
+        let turned_away = session.is_some().then_some(front_ends);
+        let waited = async {
             tokio::select! {
-                accepted = self.control.0.accept(), if control.is_none() => {
-                    let (task, port) = Control::new(accepted?.0.into_std()?, uuid, queues, header_id)?;
-                    tasks.spawn_local(task.run());
-                    control = Some(port);
+                () = interrupt.notified() => Outcome::Interrupted,
+                error = hung_up(session.as_mut()) => Outcome::Failed(None, error),
+            }
+        };
+        alongside(sets, turned_away, &interrupt, waited).await
+    }
+
+    async fn await_front_end(&mut self) -> anyhow::Result<Outcome> {
+        let Self { sets, front_ends, .. } = self;
+        let interrupt = Notify::new();
+        let next = async {
+            tokio::select! {
+                biased;
+                () = interrupt.notified() => Ok(Outcome::Interrupted),
+                stream = front_ends.next() => stream.map(Outcome::FrontEnd),
+            }
+        };
+        alongside(sets, None, &interrupt, next).await?
+    }
+
+    async fn await_cleared(&mut self) -> anyhow::Result<Outcome> {
+        let Self { sets, front_ends, session, active, clearing, .. } = self;
+        let appliance = active.as_mut().context("there is no appliance to clear")?;
+        let number = appliance.number;
+        let clearing = clearing.as_mut().context("the appliance was not told to clear")?;
+        if let Err(error) = std::mem::replace(&mut clearing.told, Ok(())) {
+            return Ok(Outcome::Failed(Some(number), error.into()));
+        }
+        let (deadline, turned_away) = (clearing.deadline, session.is_some().then_some(front_ends));
+        let cleared = async {
+            match session.as_mut() {
+                // The same front-end comes back to what is mapped.
+                Some(session) => tokio::select! {
+                    cleared = appliance.cleared(deadline) => cleared.map_err(Into::into),
+                    error = session.hung_up() => Err(error),
+                },
+                None => async {
+                    appliance.cleared(deadline).await?;
+                    appliance.unmap().await
                 }
-                accepted = self.window.0.accept(), if window.is_none() => {
-                    let (task, port) = Window::new(accepted?.0.into_std()?, header.try_clone()?, &layout)?;
-                    tasks.spawn_local(task.run());
-                    window = Some(port);
+                .await
+                .map_err(Into::into),
+            }
+        };
+        let cleared = alongside(sets, turned_away, &Notify::new(), cleared).await?;
+        Ok(outcome(Event::Cleared, number, cleared))
+    }
+
+    async fn attach(&mut self, role: Role) -> anyhow::Result<Outcome> {
+        self.attachment_count = self.attachment_count.checked_add(1).context("session numbers are used up")?;
+        let Self { sets, front_ends, session, active, standby, attachment_count, .. } = self;
+        let (appliance, event) = match role {
+            Role::Active => (active, Event::Attached),
+            Role::Standby => (standby, Event::Moved),
+        };
+        let (session, appliance) = session.as_mut().zip(appliance.as_mut()).context("there is nothing to attach")?;
+        appliance.session = *attachment_count;
+        let attached = session.attach(*attachment_count, appliance);
+        let attached = alongside(sets, Some(front_ends), &Notify::new(), attached).await?;
+        Ok(outcome(event, appliance.number, attached))
+    }
+
+    async fn serve(&mut self) -> anyhow::Result<Outcome> {
+        let Self { sets, front_ends, session, active, .. } = self;
+        let (session, appliance) = session.as_mut().zip(active.as_mut()).context("there is nothing to serve")?;
+        let interrupt = Notify::new();
+        let served = session.serve(appliance, interrupt.notified());
+        match alongside(sets, Some(front_ends), &interrupt, served).await? {
+            Ok(Interrupted) => Ok(Outcome::Interrupted),
+            Err(error) => Ok(Outcome::Failed(Some(appliance.number), error)),
+        }
+    }
+
+    async fn drain(&mut self) -> anyhow::Result<Outcome> {
+        let Self { sets, front_ends, session, active, paused, .. } = self;
+        let (session, appliance) = session.as_mut().zip(active.as_mut()).context("there is nothing to drain")?;
+        paused.get_or_insert_with(Instant::now);
+        let drained = alongside(sets, Some(front_ends), &Notify::new(), session.drain(appliance)).await?;
+        Ok(outcome(Event::Drained, appliance.number, drained))
+    }
+
+    async fn take_on(&mut self, stream: UnixStream) {
+        let socket = match MessageSocket::new(stream) {
+            Ok(socket) => socket,
+            Err(error) => {
+                tracing::warn!(%error, "front-end turned away");
+                return;
+            }
+        };
+        self.session_count = self.session_count.wrapping_add(1);
+        tracing::info!(session = self.session_count, "front-end connected");
+        self.session = Some(Session::new(self.session_count, socket));
+        self.handle(Event::FrontEndCame, None).await;
+    }
+
+    /// Says who has to go after a failure of the work at hand. If it was the appliance, the device set may know better why.
+    async fn failed(&mut self, number: Option<u32>, error: SessionError) {
+        let activity = self.life.activity();
+        let ended = matches!(error, SessionError::Closed | SessionError::Socket(_));
+        // A standby that cannot take over is no reason to give the front-end up: the active appliance is still there.
+        if ended || (error.blame() == Blame::FrontEnd && activity != Activity::Move) {
+            return self.end_session(error).await;
+        }
+        self.take_set_events().await;
+        let Some(role) = number.and_then(|number| self.role(number)) else { return };
+        if role == Role::Active && error.blame() == Blame::BackEnd && activity != Activity::Drain {
+            tracing::warn!(appliance = number, "{error}; the front-end waits");
+            self.handle(Event::BackEndLost, None).await;
+        } else {
+            self.handle(Event::ApplianceLost(role), Some(error.into())).await;
+        }
+    }
+
+    async fn end_session(&mut self, error: SessionError) {
+        let session = self.session_count;
+        match error {
+            SessionError::Closed => tracing::info!(session, "front-end disconnected"),
+            error => tracing::warn!(session, "session ended: {:#}", anyhow::Error::from(error)),
+        }
+        self.handle(Event::FrontEndEnded, None).await;
+    }
+
+    /// Takes over what has become of the device sets.
+    async fn take_set_events(&mut self) {
+        while let Some(event) = self.sets.take() {
+            match event {
+                SetEvent::Came(appliance) => {
+                    self.newcomer = Some(*appliance);
+                    self.handle(Event::ApplianceCame, None).await;
                 }
-                accepted = self.doorbell.0.accept(), if !doorbell => {
-                    let task = Doorbell::new(accepted?.0.into_std()?, uuid)?;
-                    let announcement = announcement.take().context("the doorbell device connected twice")?;
-                    tasks.spawn_local(task.run(announcement));
-                    doorbell = true;
+                SetEvent::Ready(number) => {
+                    if let Some(role) = self.role(number) {
+                        self.handle(Event::ApplianceReady(role), None).await;
+                    }
                 }
-                Some(ended) = tasks.join_next() => ended.context("a task of the bridge failed")??,
+                SetEvent::Down(number) => {
+                    if let Some(role) = self.role(number) {
+                        self.handle(Event::ApplianceDown(role), None).await;
+                    }
+                }
+                SetEvent::Ended(number, error) => {
+                    let error = error.map(anyhow::Error::from);
+                    match self.role(number) {
+                        Some(role) => {
+                            let error = error.unwrap_or_else(|| anyhow::anyhow!("one of its devices ended early"));
+                            self.handle(Event::ApplianceLost(role), Some(error)).await;
+                        }
+                        None => self.release(number, error),
+                    }
+                }
             }
         }
-        match (control, window) {
-            (Some(control), Some(window)) => {
-                // It ends with either device, whose own task says why.
-                tokio::task::spawn_local(announce_window(window.state(), control.commands.clone(), layout.len()));
-                Ok(Appliance { control, window, doorbells, layout })
+    }
+
+    fn role(&self, number: u32) -> Option<Role> {
+        let is_it = |appliance: &Option<Appliance>| appliance.as_ref().is_some_and(|it| it.number == number);
+        if is_it(&self.active) {
+            return Some(Role::Active);
+        }
+        is_it(&self.standby).then_some(Role::Standby)
+    }
+
+    /// Hands an event to [`Life`] and carries its effects out. `reason` says why an appliance is lost.
+    async fn handle(&mut self, event: Event, mut reason: Option<anyhow::Error>) {
+        if matches!(event, Event::Attached | Event::Moved)
+            && let Some(since) = self.paused.take()
+        {
+            self.announcer.moved(since.elapsed());
+        }
+        for effect in self.life.handle(event) {
+            match effect {
+                Effect::Seat(Role::Active) => self.active = self.newcomer.take(),
+                Effect::Seat(Role::Standby) => self.standby = self.newcomer.take(),
+                Effect::TurnAway => {
+                    if let Some(appliance) = self.newcomer.take() {
+                        self.release(appliance.number, Some(anyhow::anyhow!("there is no place for it")));
+                    }
+                }
+                Effect::Drop(role) => self.drop_appliance(role, reason.take()).await,
+                Effect::Retire => {
+                    if let Some(appliance) = self.active.take() {
+                        self.sets.retire(appliance);
+                    }
+                }
+                Effect::Promote => self.active = self.standby.take(),
+                Effect::Clear => self.clear().await,
+                Effect::TellLoss => {
+                    self.session.iter_mut().for_each(Session::lost);
+                    self.paused.get_or_insert_with(Instant::now);
+                }
+                Effect::EndSession => (self.session, self.paused) = (None, None),
             }
-            _ => bail!("the appliance's VMM connected to no device"),
         }
     }
-}
 
-/// Shows the agent whether the window's header is mapped.
-async fn announce_window(
-    mut state: tokio::sync::watch::Receiver<crate::appliance::window::WindowState>,
-    control: crate::appliance::control::ControlCommands,
-    len: u64,
-) {
-    loop {
-        let ready = state.borrow_and_update().ready;
-        let shown = control.set_window_len(if ready { len } else { 0 }).await;
-        if shown.is_err() || state.changed().await.is_err() {
-            return;
+    async fn clear(&mut self) {
+        let Some(appliance) = self.active.as_mut() else { return };
+        let told = appliance.disconnect().await;
+        self.clearing = Some(Clearing { deadline: Instant::now() + CLEAR_TIMEOUT, told });
+    }
+
+    async fn drop_appliance(&mut self, role: Role, reason: Option<anyhow::Error>) {
+        let appliance = match role {
+            Role::Active => self.active.take(),
+            Role::Standby => self.standby.take(),
+        };
+        let Some(mut appliance) = appliance else { return };
+        // It may still run. Where it does not, this fails at once.
+        let _ = timeout(TAKE_BACK_TIMEOUT, appliance.window.unmap_all()).await;
+        self.release(appliance.number, reason);
+    }
+
+    /// Ends what is left of an appliance.
+    fn release(&mut self, number: u32, reason: Option<anyhow::Error>) {
+        match reason {
+            Some(error) => tracing::warn!(appliance = number, "appliance dropped: {error:#}"),
+            None => tracing::info!(appliance = number, "appliance dropped: another one has taken its place"),
         }
+        self.sets.release(number);
+        self.announcer.lost(number);
     }
 }
 
-async fn serve_front_ends(front_ends: &mut FrontEnds, mut appliance: Appliance) -> anyhow::Result<()> {
-    wait_ready(&appliance).await?;
-    notify(&[NotifyState::Ready]);
-    for number in 1_u32.. {
-        let Some(stream) = next_front_end(number, front_ends, &appliance).await? else { break };
-        serve_session(number, stream, front_ends, &mut appliance).await?;
+fn outcome(success: Event, number: u32, result: Result<(), SessionError>) -> Outcome {
+    match result {
+        Ok(()) => Outcome::Happened(success),
+        Err(error) => Outcome::Failed(Some(number), error),
     }
-    Ok(())
 }
 
-/// Waits for the next front-end. It is taken on only while the appliance is ready; until then it waits in the socket.
-async fn next_front_end(
-    number: u32,
-    front_ends: &mut FrontEnds,
-    appliance: &Appliance,
-) -> anyhow::Result<Option<UnixStream>> {
+async fn hung_up(session: Option<&mut Session>) -> SessionError {
+    match session {
+        Some(session) => session.hung_up().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Works to the end of `work`. Meanwhile device sets come and go: `interrupt` is notified when there is something to take from
+/// them, before `work` gets to know of it. Other front-ends than the one at work are turned away.
+async fn alongside<T>(
+    sets: &mut DeviceSets,
+    turned_away: Option<&mut FrontEnds>,
+    interrupt: &Notify,
+    work: impl Future<Output = T>,
+) -> anyhow::Result<T> {
+    let turning_away = async {
+        match turned_away {
+            Some(front_ends) => front_ends.turn_away().await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::pin!(work, turning_away);
     loop {
-        wait_ready(appliance).await?;
-        notify(&[NotifyState::Status("ready for a front-end")]);
-        tracing::info!(next = number, "ready for a front-end");
         tokio::select! {
             biased;
-            unready = wait_unready(appliance) => unready?,
-            stream = front_ends.next() => return stream,
+            stepped = sets.step() => {
+                stepped?;
+                if sets.has_event() {
+                    interrupt.notify_one();
+                }
+            }
+            done = &mut work => return Ok(done),
+            failed = &mut turning_away => failed?,
         }
-        notify(&[NotifyState::Status("waiting for the appliance")]);
-        tracing::info!(next = number, "the appliance is not ready for a front-end");
-    }
-}
-
-async fn serve_session(
-    number: u32,
-    stream: UnixStream,
-    front_ends: &mut FrontEnds,
-    appliance: &mut Appliance,
-) -> anyhow::Result<()> {
-    tracing::info!(session = number, "front-end connected");
-    notify(&[NotifyState::Status("front-end connected")]);
-    let mut session = Session::new(number, MessageSocket::new(stream)?);
-    let serve = async {
-        session.attach(number, appliance).await?;
-        session.serve(appliance, std::future::pending()).await
-    };
-    let ended = tokio::select! {
-        ended = serve => ended,
-        failed = front_ends.turn_away() => return failed,
-    };
-    match ended {
-        Ok(Interrupted) | Err(SessionError::Closed) => tracing::info!(session = number, "front-end disconnected"),
-        Err(SessionError::Appliance(error)) => return Err(error.into()),
-        Err(error) => {
-            let error = anyhow::Error::from(error);
-            tracing::warn!(session = number, "session ended: {error:#}");
-        }
-    }
-    clear(number, appliance).await
-}
-
-/// Lets the appliance clear a session away, then undoes its mappings.
-async fn clear(number: u32, appliance: &mut Appliance) -> anyhow::Result<()> {
-    appliance.doorbells.reset().context("eventfds of the session")?;
-    appliance.control.commands.disconnect(number).await?;
-    if tokio::time::timeout(CLEAR_TIMEOUT, wait_ready(appliance)).await.is_err() {
-        let seconds = CLEAR_TIMEOUT.as_secs();
-        return Err(ApplianceError::Timeout { what: "the end of a session", seconds }.into());
-    }
-    // Until now the back-end may have signalled.
-    appliance.doorbells.reset().context("eventfds of the session")?;
-    appliance.window.unmap_all().await?;
-    appliance.layout.clear();
-    Ok(())
-}
-
-/// Waits until the agent has a back-end and driver memory can be mapped.
-async fn wait_ready(appliance: &Appliance) -> Result<(), ApplianceError> {
-    let gone = |_| ApplianceError::Gone { device: "control" };
-    appliance.window.state().wait_for(|state| state.ready).await.map_err(gone)?;
-    appliance.control.state().wait_for(|state| state.back_end_up).await.map_err(gone)?;
-    Ok(())
-}
-
-/// Waits until one of the two is no longer so.
-async fn wait_unready(appliance: &Appliance) -> Result<(), ApplianceError> {
-    let gone = |_| ApplianceError::Gone { device: "control" };
-    let (mut window, mut control) = (appliance.window.state(), appliance.control.state());
-    tokio::select! {
-        state = window.wait_for(|state| !state.ready) => state.map(drop).map_err(gone),
-        state = control.wait_for(|state| !state.back_end_up) => state.map(drop).map_err(gone),
-    }
-}
-
-/// Tells whoever has started this process, by systemd's notification protocol. Without such a one nothing happens.
-fn notify(states: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(states) {
-        tracing::debug!(%error, "notification socket");
     }
 }

@@ -60,6 +60,12 @@ impl FrontEnds {
         }
     }
 
+    /// Whether there will be no further front-end.
+    #[must_use]
+    pub fn are_used_up(&self) -> bool {
+        matches!(self, Self::Connected(None))
+    }
+
     /// Closes every connection that is made while another front-end has the device. Never ends.
     ///
     /// # Errors

@@ -6,7 +6,8 @@
 //!                             [doorbells] ◄──eventfds──►   [appliance::doorbell]──ivshmem────► appliance's VMM
 //! ```
 //!
-//! - [`bridge`] starts and ends everything and holds the life cycle;
+//! - [`life`] is the life cycle as a table: who is there, what happens, what follows;
+//! - [`bridge`] waits for what happens, and does what follows; `announcement` tells the parent process of it;
 //! - [`session`] is the life of a front-end's connection: it takes its requests, one after the other, says for each who
 //!   answers it, and brings the next back-end to the state that the front-end has set;
 //! - `translate` is the one place where a file descriptor becomes a handle;
@@ -17,11 +18,13 @@
 //! Never here: device code, parsing of images or packets, a mapping of driver memory, a disk, a network. The only memory that
 //! it maps is the appliance's own, for the two queues of the control device.
 
+mod announcement;
 pub mod appliance;
 pub mod bridge;
 pub mod cli;
 pub mod doorbells;
 pub mod front_end;
+pub mod life;
 pub mod log_limit;
 pub mod session;
 mod translate;

@@ -15,10 +15,10 @@ use vvu_protocol::message::{BackEndRequest, ConfigSpace as ConfigAccess};
 use vvu_protocol::window::FileId;
 use vvu_socket::{MessageSocket, event};
 
-use super::ApplianceError;
 use super::device::{Effect, GenericDevice, Model};
 use super::memory::ApplianceMemory;
 use super::queue::{put_buffer, take_buffer};
+use super::{ApplianceError, sent};
 
 const NAME: &str = "control";
 
@@ -292,7 +292,7 @@ impl Control {
             return Ok(());
         };
         let message = BackEndRequest::<OwnedFd>::ConfigChange.encode(false);
-        back_channel.send(&message).await.map_err(|source| ApplianceError::Socket { device: NAME, source })
+        sent(NAME, back_channel.send(&message)).await
     }
 
     fn flush_outgoing(&mut self) -> Result<(), ApplianceError> {

@@ -17,7 +17,7 @@ use vvu_protocol::message::{
 use vvu_socket::MessageSocket;
 use vvu_socket::event::{Event, check_kind};
 
-use super::ApplianceError;
+use super::{ApplianceError, sent};
 
 /// Largest queue that is offered; QEMU's `vq_size` decides.
 const QUEUE_SIZE_MAX: u16 = 1024;
@@ -132,7 +132,7 @@ impl GenericDevice {
         let (reply, effect) = self.handle(request, config)?;
         let reply = reply.or(needs_reply.then_some(FrontEndReply::Acknowledgement(0)));
         if let Some(reply) = reply {
-            socket.send(&reply.encode(code)).await.map_err(|source| ApplianceError::Socket { device, source })?;
+            sent(device, socket.send(&reply.encode(code))).await?;
         }
         Ok(effect)
     }

@@ -10,7 +10,7 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create
 use vvu_protocol::doorbell::{OWN_PEER, ServerMessage};
 use vvu_socket::MessageSocket;
 
-use super::ApplianceError;
+use super::{ApplianceError, sent};
 use crate::doorbells::Announcement;
 
 const NAME: &str = "doorbell";
@@ -66,8 +66,7 @@ impl Doorbell {
 
     async fn send(&self, message: ServerMessage<BorrowedFd<'_>>) -> Result<(), ApplianceError> {
         let (bytes, descriptor) = message.encode();
-        let sent = self.socket.send_bytes(&bytes, descriptor.as_slice()).await;
-        sent.map_err(|source| ApplianceError::Socket { device: NAME, source })
+        sent(NAME, self.socket.send_bytes(&bytes, descriptor.as_slice())).await
     }
 }
 

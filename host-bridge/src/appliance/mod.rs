@@ -2,24 +2,38 @@
 //!
 //! Two of them speak vhost-user with the bridge as the back-end of QEMU's generic device ([`device`]): the control device
 //! ([`control`]) and the window device ([`window`]). The third speaks ivshmem ([`doorbell`]). Each is one task that owns
-//! its socket; a port is how the rest of the bridge talks to it.
+//! its socket; a port is how the rest of the bridge talks to it. [`sets`] makes an [`Appliance`] of three connections, and says
+//! what becomes of it.
 
 pub mod control;
 pub mod device;
 pub mod doorbell;
 mod memory;
 mod queue;
+pub mod sets;
 pub mod window;
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
 use rustix::fs::fstat;
+use tokio::time::{Instant, timeout, timeout_at};
 use vvu_protocol::DecodeError;
 use vvu_protocol::memory::MemoryError;
-use vvu_protocol::window::FileId;
+use vvu_protocol::window::{FileId, Layout};
 use vvu_socket::SocketError;
 use vvu_socket::event::EventError;
+
+use self::control::ControlPort;
+use self::window::WindowPort;
+use crate::doorbells::Doorbells;
+
+/// How long the agent may take to clear a session away and have a back-end ready again.
+pub const CLEAR_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long the appliance's VMM may take to make room in a socket.
+const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What ends an appliance: its VMM broke the protocol, or went away.
 #[derive(Debug, thiserror::Error)]
@@ -101,6 +115,18 @@ pub enum ApplianceError {
         /// The VMM's answer.
         answer: u64,
     },
+    /// The VMM does not read a socket.
+    #[error("the appliance's VMM takes no messages of the {device} device")]
+    Stuck {
+        /// Which device.
+        device: &'static str,
+    },
+    /// A task of the bridge failed.
+    #[error("the bridge failed to serve the appliance: {problem}")]
+    Task {
+        /// How.
+        problem: String,
+    },
     /// The appliance was reset or its VMM stopped the device.
     #[error("the appliance was reset")]
     Reset,
@@ -120,6 +146,89 @@ pub enum ApplianceError {
         /// What happened.
         source: io::Error,
     },
+}
+
+/// One appliance: the ports to one device set, and what of the driver VM is in its window. Nothing in it is shared with
+/// another one.
+#[derive(Debug)]
+pub struct Appliance {
+    /// The control device.
+    pub control: ControlPort,
+    /// The window device.
+    pub window: WindowPort,
+    /// The eventfds.
+    pub doorbells: Doorbells,
+    /// What is mapped.
+    pub layout: Layout,
+    /// Accepted appliances are counted from 1.
+    pub number: u32,
+    /// Number of the protocol's session that has begun here last, 0 before the first.
+    pub session: u32,
+}
+
+impl Appliance {
+    /// Tells the agent that its session has ended. From then on no signal is passed on.
+    ///
+    /// # Errors
+    /// [`ApplianceError`] if the appliance is of no use any more.
+    pub async fn disconnect(&mut self) -> Result<(), ApplianceError> {
+        self.reset_doorbells()?;
+        self.control.commands.disconnect(self.session).await
+    }
+
+    /// After [`Appliance::disconnect`], waits until `deadline` for the agent to say that it holds nothing of a session any
+    /// more, and that a back-end is up. May be cancelled.
+    ///
+    /// # Errors
+    /// [`ApplianceError`] if the appliance is of no use any more.
+    pub async fn cleared(&mut self, deadline: Instant) -> Result<(), ApplianceError> {
+        match timeout_at(deadline, self.ready()).await {
+            // Until now the back-end may have signalled.
+            Ok(ready) => ready.and_then(|()| self.reset_doorbells()),
+            Err(_) => Err(ApplianceError::Timeout { what: "the end of a session", seconds: CLEAR_TIMEOUT.as_secs() }),
+        }
+    }
+
+    /// Takes everything of the driver VM out of the window, for a front-end that is gone.
+    ///
+    /// # Errors
+    /// [`ApplianceError`] if the appliance is of no use any more.
+    pub async fn unmap(&mut self) -> Result<(), ApplianceError> {
+        self.window.unmap_all().await?;
+        self.layout.clear();
+        Ok(())
+    }
+
+    /// Waits until the agent has a back-end and driver memory can be mapped.
+    async fn ready(&self) -> Result<(), ApplianceError> {
+        let (mut window, mut control) = (self.window.state(), self.control.state());
+        loop {
+            window.wait_for(|state| state.ready).await.map_err(|_| ApplianceError::Gone { device: "window" })?;
+            control
+                .wait_for(|state| state.back_end_up)
+                .await
+                .map_err(|_| ApplianceError::Gone { device: "control" })?;
+            if window.borrow().ready {
+                return Ok(());
+            }
+        }
+    }
+
+    fn reset_doorbells(&mut self) -> Result<(), ApplianceError> {
+        self.doorbells.reset().map_err(|source| ApplianceError::Io { what: "eventfds of the session", source })
+    }
+}
+
+/// Waits for a message to be sent to the appliance's VMM. One that does not read its socket must not hold the device up: its
+/// other messages would wait too.
+async fn sent(
+    device: &'static str,
+    sending: impl Future<Output = Result<(), SocketError>>,
+) -> Result<(), ApplianceError> {
+    match timeout(SEND_TIMEOUT, sending).await {
+        Ok(sent) => sent.map_err(|source| ApplianceError::Socket { device, source }),
+        Err(_) => Err(ApplianceError::Stuck { device }),
+    }
 }
 
 /// Identity of a memory file, and its length in bytes.

@@ -17,9 +17,9 @@ use vvu_protocol::message::{BackEndReply, BackEndRequest, RawMessage, ShmemMap};
 use vvu_protocol::window::{HEADER_LEN, Layout, Span};
 use vvu_socket::MessageSocket;
 
-use super::ApplianceError;
 use super::control::back_channel;
 use super::device::{Effect, GenericDevice, Model};
+use super::{ApplianceError, sent};
 
 const NAME: &str = "window";
 
@@ -76,12 +76,21 @@ impl WindowPort {
         self.state.clone()
     }
 
-    /// A session begins, with nothing mapped. From the next loss of all mappings on, whatever it asks for fails with
+    /// A session begins here, or goes on. From the next loss of all mappings on, whatever it asks for fails with
     /// [`ApplianceError::Reset`]. Answers how many losses there were so far.
     pub fn begin(&mut self) -> u64 {
-        self.mapped.clear();
-        self.losses = self.state.borrow().losses;
-        self.losses
+        let losses = self.state.borrow().losses;
+        if losses != self.losses {
+            self.mapped.clear();
+            self.losses = losses;
+        }
+        losses
+    }
+
+    /// What [`WindowPort::map`] has mapped and nobody has undone; all of it is gone after a loss.
+    #[must_use]
+    pub fn mapped(&self) -> &[Span] {
+        if self.state.borrow().losses == self.losses { &self.mapped } else { &[] }
     }
 
     /// Maps a span of `file`, writable, and waits until it is done.
@@ -120,16 +129,15 @@ impl WindowPort {
 
     async fn perform(&self, operation: Operation) -> Result<(), ApplianceError> {
         let (completion, done) = oneshot::channel();
-        let gone = || ApplianceError::Gone { device: NAME };
         let ordered = Ordered { operation, losses: self.losses, completion };
-        self.operations.send(ordered).await.map_err(|_| gone())?;
-        match tokio::time::timeout(MAP_TIMEOUT, done).await {
-            Ok(Ok(result)) => result,
-            Ok(Err(_)) => Err(gone()),
-            Err(_) => {
-                Err(ApplianceError::Timeout { what: "a mapping of driver memory", seconds: MAP_TIMEOUT.as_secs() })
-            }
-        }
+        let performed = async {
+            let gone = || ApplianceError::Gone { device: NAME };
+            self.operations.send(ordered).await.map_err(|_| gone())?;
+            done.await.map_err(|_| gone())?
+        };
+        let seconds = MAP_TIMEOUT.as_secs();
+        let late = ApplianceError::Timeout { what: "a mapping of driver memory", seconds };
+        tokio::time::timeout(MAP_TIMEOUT, performed).await.unwrap_or(Err(late))
     }
 }
 
@@ -289,8 +297,7 @@ impl Window {
             Operation::Unmap(map) => ("SHMEM_UNMAP", map, BackEndRequest::ShmemUnmap(map)),
         };
         let code = request.code();
-        let sent = back_channel.send(&request.encode(true)).await;
-        sent.map_err(|source| ApplianceError::Socket { device: NAME, source })?;
+        sent(NAME, back_channel.send(&request.encode(true))).await?;
         self.pending = Some(Pending { code, name, map, completion });
         Ok(())
     }

@@ -20,9 +20,8 @@ mod relay;
 use vvu_protocol::DecodeError;
 use vvu_socket::{MessageSocket, SocketError};
 
-pub use self::relay::Appliance;
 use self::relay::Relay;
-use crate::appliance::ApplianceError;
+use crate::appliance::{Appliance, ApplianceError};
 
 /// Why a session, or its attachment to an appliance, ended.
 #[derive(Debug, thiserror::Error)]

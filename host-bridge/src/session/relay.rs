@@ -15,10 +15,10 @@ use vvu_protocol::window::{Layout, Plan, RegionOfFile, WindowError};
 use vvu_socket::event::EventError;
 
 use super::{Interrupted, Session, SessionError};
-use crate::appliance::control::{ControlPort, ControlState};
-use crate::appliance::window::{WindowPort, WindowState};
-use crate::appliance::{ApplianceError, file_identity};
-use crate::doorbells::{Doorbells, OutwardSignal, check_eventfd};
+use crate::appliance::control::ControlState;
+use crate::appliance::window::WindowState;
+use crate::appliance::{Appliance, ApplianceError, file_identity};
+use crate::doorbells::{OutwardSignal, check_eventfd};
 use crate::translate;
 
 /// How long the agent may take for an answer. GET_VRING_BASE waits for all requests in flight, on a disk that may be slow.
@@ -26,19 +26,6 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(90);
 
 /// Answer that says "not done". The specification gives its value no further meaning.
 const REFUSED: u64 = 1;
-
-/// What a session works with: the device set, and what of the driver VM is in the window.
-#[derive(Debug)]
-pub struct Appliance {
-    /// The control device.
-    pub control: ControlPort,
-    /// The window device.
-    pub window: WindowPort,
-    /// The eventfds.
-    pub doorbells: Doorbells,
-    /// What is mapped.
-    pub layout: Layout,
-}
 
 /// Why a memory table was refused; the session goes on with the table before.
 #[derive(Debug, thiserror::Error)]
