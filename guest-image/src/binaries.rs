@@ -1,4 +1,4 @@
-//! Builds the appliance's programs: static, small, and without a path of the building machine.
+//! Builds the programs that run in VMs: static, small, and without a path of the building machine.
 
 use std::env;
 use std::ffi::OsString;
@@ -12,6 +12,8 @@ use crate::error::at;
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// Profile in the workspace's `Cargo.toml`.
 const PROFILE: &str = "appliance";
+/// Where they are built, below the target directory.
+const BUILD_DIRECTORY: &str = "appliance-build";
 /// Separates flags in `CARGO_ENCODED_RUSTFLAGS` (Cargo reference, "Environment variables").
 const FLAG_SEPARATOR: &str = "\u{1f}";
 
@@ -29,25 +31,39 @@ pub struct ApplianceBinaries {
 /// # Errors
 /// [`ImageError::Cargo`] and [`ImageError::Build`]; cargo itself says why on standard error.
 pub fn build_appliance_binaries(workspace: &Path, target: &Path) -> Result<ApplianceBinaries, ImageError> {
-    let target_directory = target.join("appliance-build");
+    build_static(workspace, target, &["vvu-agent", "vvu-blk"])?;
+    Ok(ApplianceBinaries { agent: static_program(target, "vvu-agent"), blk: static_program(target, "vvu-blk") })
+}
+
+/// Builds the programs that only the driver VM of the tests has, in the same place: see [`static_program`].
+///
+/// # Errors
+/// [`ImageError::Cargo`] and [`ImageError::Build`]; cargo itself says why on standard error.
+pub fn build_driver_binaries(workspace: &Path, target: &Path) -> Result<(), ImageError> {
+    build_static(workspace, target, &["vvu-witness"])
+}
+
+/// Where a program that was built for a VM is, in the given target directory.
+pub fn static_program(target: &Path, name: &str) -> PathBuf {
+    target.join(BUILD_DIRECTORY).join(TARGET).join(PROFILE).join(name)
+}
+
+fn build_static(workspace: &Path, target: &Path, packages: &[&str]) -> Result<(), ImageError> {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let flags = [vec!["-C".into(), "target-feature=+crt-static".into()], remapped_paths(workspace)?].concat();
     let status = Command::new(cargo)
         .current_dir(workspace)
         .args(["build", "--profile", PROFILE, "--target", TARGET])
-        .args(["--package", "vvu-agent", "--package", "vvu-blk", "--target-dir"])
-        .arg(&target_directory)
+        .args(packages.iter().flat_map(|package| ["--package", package]))
+        .arg("--target-dir")
+        .arg(target.join(BUILD_DIRECTORY))
         .env("CARGO_ENCODED_RUSTFLAGS", flags.join(FLAG_SEPARATOR))
         // Flags of this process's own build would be added to ours.
         .env_remove("RUSTFLAGS")
         .stdin(Stdio::null())
         .status()
         .map_err(ImageError::Cargo)?;
-    if !status.success() {
-        return Err(ImageError::Build);
-    }
-    let directory = target_directory.join(TARGET).join(PROFILE);
-    Ok(ApplianceBinaries { agent: directory.join("vvu-agent"), blk: directory.join("vvu-blk") })
+    if status.success() { Ok(()) } else { Err(ImageError::Build) }
 }
 
 /// Options that keep this machine's paths out of panic messages.

@@ -1,7 +1,7 @@
 //! The driver VM's initramfs: stock programs and a script that the caller writes.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use vvu_setup::Setup;
@@ -12,8 +12,8 @@ use crate::initramfs::{DeviceKind, Initramfs};
 use crate::modules::ModuleTree;
 use crate::programs::{add_program, resolve};
 
-/// Kernel modules of the driver VM; on a stock cloud kernel all but the disk's driver are built in.
-const MODULES: [&str; 3] = ["virtio_pci", "virtio_blk", "ext4"];
+/// Kernel modules of the driver VM; on a stock cloud kernel most of them are built in.
+const MODULES: [&str; 4] = ["virtio_pci", "virtio_blk", "virtio_mem", "ext4"];
 
 /// Programs of packages, each with further names by which it is called. All are in `/usr/bin`.
 const PROGRAMS: [(&str, &[&str]); 9] = [
@@ -36,12 +36,13 @@ const PROGRAM_DIRECTORIES: [&str; 4] = ["usr/bin", "usr/sbin", "bin", "sbin"];
 /// `init_script` becomes `/init`; it starts with `#!/bin/sh`. It finds all of busybox, of e2fsprogs
 /// (`mkfs.ext4`, `e2fsck`, `debugfs`), of util-linux (`blkdiscard`, `blockdev`, `lsblk`, `findmnt`) and
 /// `fio` in its `PATH`, which has to be `/usr/bin:/bin`, and modules in `/lib/modules`, listed in load
-/// order in `/etc/modules.list`. Nothing is mounted yet. Where busybox has a command, too, its shell
+/// order in `/etc/modules.list`. The static programs `own` are added to `/usr/bin` under their file names. Nothing is
+/// mounted yet. Where busybox has a command, too, its shell
 /// prefers its own: call `/usr/bin/blkdiscard` by its path to have all of its options.
 ///
 /// # Errors
 /// Any [`ImageError`] but those of building programs.
-pub fn build_driver_image(setup: &Setup, init_script: &str, out: &Path) -> Result<(), ImageError> {
+pub fn build_driver_image(setup: &Setup, init_script: &str, own: &[PathBuf], out: &Path) -> Result<(), ImageError> {
     let mut image = Initramfs::new();
     image.add_file("init", 0o755, init_script.as_bytes().to_vec())?;
     image.add_node("dev/console", 0o600, DeviceKind::Character, 5, 1)?;
@@ -55,6 +56,10 @@ pub fn build_driver_image(setup: &Setup, init_script: &str, out: &Path) -> Resul
         for name in [program].iter().chain(names).map(|name| format!("usr/bin/{name}")).filter(|name| *name != path) {
             image.add_symlink(&name, &format!("/{path}"))?;
         }
+    }
+    for file in own {
+        let name = file.file_name().unwrap_or_default().to_string_lossy();
+        image.add_file(&format!("usr/bin/{name}"), 0o755, fs::read(file).map_err(at(file))?)?;
     }
     if let Some(file) = resolve(root, "etc/mke2fs.conf") {
         image.add_file("etc/mke2fs.conf", 0o644, fs::read(&file).map_err(at(file))?)?;

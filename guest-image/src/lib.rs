@@ -18,7 +18,7 @@ mod modules;
 mod programs;
 
 pub use appliance::{ApplianceFiles, appliance_initramfs, build_appliance_image};
-pub use binaries::{ApplianceBinaries, build_appliance_binaries};
+pub use binaries::{ApplianceBinaries, build_appliance_binaries, build_driver_binaries, static_program};
 pub use driver::build_driver_image;
 pub use error::ImageError;
 pub use initramfs::{DeviceKind, Initramfs};

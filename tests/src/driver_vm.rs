@@ -23,15 +23,20 @@ use serde_json::json;
 use crate::process::{Process, Watched};
 use crate::qmp::Qmp;
 
+mod migration;
 mod plan;
 
-pub use plan::{Disk, DriverVmPlan, kvm_is_usable};
+pub use migration::Migration;
+pub use plan::{DISK_PORT, Disk, DriverVmPlan, Incoming, MEMORY_PORT, PLUGGED_MEMORY_NODE, kvm_is_usable};
 
 /// How long a boot may take: a few seconds under TCG on an idle machine, many times that on a busy one.
 pub const BOOT_PATIENCE: Duration = Duration::from_secs(180);
 
 /// How long a command may take unless the test says otherwise.
 pub const COMMAND_PATIENCE: Duration = Duration::from_secs(180);
+
+/// Name of the disk that is plugged in while the machine runs, and of its connection.
+const PLUGGED: &str = "plugged";
 
 /// Console lines that an error text repeats.
 const REPEATED_LINES: usize = 25;
@@ -216,6 +221,39 @@ impl DriverVm {
         self.qemu.kill()
     }
 
+    /// Plugs a disk into the machine's free port ([`DISK_PORT`]) while it runs, and waits until the kernel has it.
+    ///
+    /// # Errors
+    /// If QEMU refuses, or the kernel does not find it.
+    pub fn plug_disk(&mut self, disk: &Disk, device: &str) -> Result<()> {
+        let [chardev, properties] = disk.plugged_as(PLUGGED);
+        self.qmp.execute_with("chardev-add", &chardev)?;
+        self.qmp.execute_with("device_add", &properties)?;
+        self.run(&format!("until test -b {device}; do sleep 0.1; done")).map(drop)
+    }
+
+    /// Unplugs that disk: asks the kernel to let go of it, waits until it has, and closes the connection to the back-end.
+    ///
+    /// # Errors
+    /// If QEMU refuses, or the kernel does not let go.
+    pub fn unplug_disk(&mut self) -> Result<()> {
+        self.qmp.execute_with("device_del", &json!({ "id": PLUGGED }))?;
+        self.qmp.await_event(|name, data| {
+            let device = data.get("device").and_then(serde_json::Value::as_str);
+            (name == "DEVICE_DELETED" && device == Some(PLUGGED)).then_some(())
+        })?;
+        self.qmp.execute_with("chardev-remove", &json!({ "id": PLUGGED })).map(drop)
+    }
+
+    /// Bytes of memory that the kernel has.
+    ///
+    /// # Errors
+    /// If the machine is lost.
+    pub fn memory_len(&mut self) -> Result<u64> {
+        let kib = self.run("sed -n 's/MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo")?;
+        Ok(kib.trim().parse::<u64>().context("no MemTotal")? << 10)
+    }
+
     /// Waits for text on the console.
     ///
     /// # Errors
@@ -265,8 +303,8 @@ impl DriverVm {
             }
             Ok(event) => Ok(event),
             Err(RecvTimeoutError::Timeout) => {
-                self.ask_for_blocked_tasks();
-                bail!("{}: no {awaited}\n{}", self.name, self.last_console())
+                let blocked = self.blocked_tasks();
+                bail!("{}: no {awaited}\n{blocked}", self.name)
             }
         }
     }
@@ -286,14 +324,16 @@ impl DriverVm {
         bail!("{}'s kernel is lost\n{}", self.name, self.last_console())
     }
 
-    /// Has the kernel write to the console which tasks are blocked, and where (its document sysrq.rst, keys 9 and w).
-    fn ask_for_blocked_tasks(&mut self) {
+    /// Has the kernel write to the console which tasks are blocked, and where (its document sysrq.rst, keys 9 and w), and
+    /// returns the console's last lines: for the text of an error.
+    pub fn blocked_tasks(&mut self) -> String {
         for key in ["9", "w"] {
             // A machine that is too far gone for this fails the test in any case.
             let _ = self.qmp.execute_with("chardev-send-break", &json!({ "id": "console" }));
             let _ = self.to_console.write_all(key.as_bytes());
         }
         self.hear_last_words();
+        self.last_console()
     }
 
     fn hear_last_words(&mut self) {

@@ -9,6 +9,7 @@
 //! - [`driver_vm`]: boots a driver VM and runs shell commands in it.
 //! - [`backend`]: what serves the disk: `vvu`, or for comparison a back-end directly on the host.
 //! - [`vvu_run`]: one `vvu run` and all of its processes.
+//! - [`witness`]: a load in the driver VM that knows what the disk must hold.
 //! - [`surroundings`]: storage that fails.
 //! - [`image_file`] and [`evidence`]: what the host can see: image contents, memory maps, counters.
 //!
@@ -29,3 +30,4 @@ pub mod qmp;
 pub mod surroundings;
 pub mod testbed;
 pub mod vvu_run;
+pub mod witness;

@@ -1,5 +1,6 @@
 //! The few QMP commands that a test gives to a driver VM's QEMU.
 
+use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -14,7 +15,12 @@ const PATIENCE: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub struct Qmp {
     reader: BufReader<UnixStream>,
+    /// Events that came while an answer was awaited.
+    events: VecDeque<Value>,
 }
+
+/// Most events that are kept: more than a machine has between two looks at them.
+const EVENTS_KEPT: usize = 64;
 
 impl Qmp {
     /// Takes over a fresh connection from QEMU and leaves negotiation mode.
@@ -23,7 +29,7 @@ impl Qmp {
     /// If QEMU does not speak QMP.
     pub fn greet(stream: UnixStream) -> Result<Self> {
         stream.set_read_timeout(Some(PATIENCE))?;
-        let mut qmp = Self { reader: BufReader::new(stream) };
+        let mut qmp = Self { reader: BufReader::new(stream), events: VecDeque::new() };
         let greeting = qmp.message()?;
         if greeting.get("QMP").is_none() {
             bail!("no QMP greeting but {greeting}");
@@ -56,7 +62,28 @@ impl Qmp {
             if let Some(answer) = message.get_mut("return") {
                 return Ok(answer.take());
             }
-            // Everything else is an event, and nobody here waits for one.
+            if self.events.len() == EVENTS_KEPT {
+                self.events.pop_front();
+            }
+            self.events.push_back(message);
+        }
+    }
+
+    /// Waits for the first event, since the last one that was waited for, of which `pick` makes something. `pick` gets its
+    /// name and its data.
+    ///
+    /// # Errors
+    /// If QEMU says nothing at all for a minute, or goes away.
+    pub fn await_event<T>(&mut self, mut pick: impl FnMut(&str, &Value) -> Option<T>) -> Result<T> {
+        loop {
+            let message = match self.events.pop_front() {
+                Some(message) => message,
+                None => self.message().context("no such event")?,
+            };
+            let name = message.get("event").and_then(Value::as_str).unwrap_or_default();
+            if let Some(value) = pick(name, message.get("data").unwrap_or(&Value::Null)) {
+                return Ok(value);
+            }
         }
     }
 

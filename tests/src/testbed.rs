@@ -8,7 +8,7 @@ use std::sync::Mutex;
 use std::time::Instant;
 use std::{env, io};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use tempfile::TempDir;
 use vvu_setup::Setup;
 
@@ -167,7 +167,7 @@ pub fn workspace_program(name: &str, variable: &str) -> Result<PathBuf> {
         .with_context(|| format!("{name} is not built: run `cargo build -p {name}` or set {variable}"))
 }
 
-/// Builds the driver VM's image once per process: it depends on nothing but the set-up and the script.
+/// Builds the driver VM's image once per process: it depends on nothing but the set-up, the script and the witness.
 fn driver_image(setup: &Setup, root: &Path) -> Result<PathBuf> {
     static BUILT: Mutex<Option<PathBuf>> = Mutex::new(None);
     let mut built = BUILT.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -175,7 +175,10 @@ fn driver_image(setup: &Setup, root: &Path) -> Result<PathBuf> {
         return Ok(path.clone());
     }
     let path = root.join("driver.initrd");
-    vvu_guest_image::build_driver_image(setup, DRIVER_INIT, &path).context("cannot build the driver VM's image")?;
+    let witness = vvu_guest_image::static_program(&target_dir()?, "vvu-witness");
+    ensure!(witness.is_file(), "the driver VM's own program is not built: run `cargo xtask image`");
+    vvu_guest_image::build_driver_image(setup, DRIVER_INIT, &[witness], &path)
+        .context("cannot build the driver VM's image")?;
     *built = Some(path.clone());
     Ok(path)
 }

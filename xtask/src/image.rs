@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::{env, fs};
 
 use anyhow::{Context, bail};
-use vvu_guest_image::{ApplianceFiles, appliance_initramfs, build_appliance_image};
+use vvu_guest_image::{ApplianceFiles, appliance_initramfs, build_appliance_image, build_driver_binaries};
 use vvu_setup::Setup;
 
 use crate::workspace::Workspace;
@@ -20,9 +20,10 @@ pub(crate) fn ensure_setup() -> anyhow::Result<Setup> {
     }
 }
 
-/// Builds the appliance image.
+/// Builds the appliance image, and the programs of the driver VM that tests start.
 pub(crate) fn build(workspace: &Workspace) -> anyhow::Result<ApplianceFiles> {
     let setup = ensure_setup()?;
+    build_driver_binaries(&workspace.root, &workspace.target)?;
     Ok(build_appliance_image(&setup, &workspace.root, &workspace.target)?)
 }
 

@@ -6,6 +6,8 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use serde_json::{Value, json};
+use vvu_witness::ledger::LEDGER_LEN;
 
 use super::{BOOT_PATIENCE, DriverVm};
 use crate::process::{Process, Watched};
@@ -18,17 +20,60 @@ const CPU_OF_OLDER_QEMU: &str = "max,cx16=off";
 /// give up. `sysrq_always_enabled`: a test that waits in vain asks it which tasks are blocked.
 const KERNEL_COMMAND_LINE: &str = "console=ttyS0 loglevel=4 panic=0 no_timer_check sysrq_always_enabled";
 
+/// How long QEMU waits before it tries again to reach a back-end that it has lost.
+const RECONNECT_MS: u32 = 100;
+
 /// One vhost-user disk of the driver VM.
 #[derive(Debug, Clone)]
 pub struct Disk {
     socket: PathBuf,
     queues: Option<u16>,
+    reconnect: bool,
+    properties: Vec<&'static str>,
 }
 
 impl Disk {
     /// The disk behind `socket`, with as many queues as QEMU chooses (one per CPU).
     pub fn at(socket: &Path) -> Self {
-        Self { socket: socket.to_owned(), queues: None }
+        Self { socket: socket.to_owned(), queues: None, reconnect: false, properties: Vec::new() }
+    }
+
+    /// Has QEMU connect again when the back-end has gone (`reconnect-ms`, which the older QEMU does not know).
+    #[must_use]
+    pub fn reconnecting(mut self) -> Self {
+        self.reconnect = true;
+        self
+    }
+
+    /// Sets a further property of QEMU's device, as `name=value`.
+    #[must_use]
+    pub fn property(mut self, property: &'static str) -> Self {
+        self.properties.push(property);
+        self
+    }
+
+    /// QMP arguments that plug the disk in: of `chardev-add` and of `device_add`.
+    pub(super) fn plugged_as(&self, id: &str) -> [Value; 2] {
+        let address = json!({ "type": "unix", "data": { "path": self.socket } });
+        let socket = json!({ "type": "socket", "data": { "addr": address, "server": false } });
+        let queues = self.queues.unwrap_or(1);
+        [
+            json!({ "id": id, "backend": socket }),
+            json!({
+                "driver": "vhost-user-blk-pci", "id": id, "chardev": id, "bus": DISK_PORT, "num-queues": queues,
+            }),
+        ]
+    }
+
+    fn chardev(&self, id: &str) -> String {
+        let reconnect = if self.reconnect { format!(",reconnect-ms={RECONNECT_MS}") } else { String::new() };
+        format!("socket,id={id},path={}{reconnect}", self.socket.display())
+    }
+
+    fn device(&self, chardev: &str) -> String {
+        let queues = self.queues.map(|queues| format!(",num-queues={queues}")).unwrap_or_default();
+        let properties: String = self.properties.iter().map(|property| format!(",{property}")).collect();
+        format!("vhost-user-blk-pci,chardev={chardev}{queues}{properties}")
     }
 
     /// Asks for `queues` request queues.
@@ -59,7 +104,23 @@ pub struct DriverVmPlan<'a> {
     cpus: u16,
     memory: Memory,
     boot: Boot,
+    ledger: Option<PathBuf>,
+    hot_plug: bool,
+    iommu: bool,
 }
+
+/// Room for memory that is plugged in while the machine runs, in MiB, and the number of its pieces.
+const HOT_PLUG_ROOM_MIB: u32 = 4096;
+const HOT_PLUG_SLOTS: u32 = 4;
+
+/// NUMA node without memory at boot, for the memory that is plugged in while the machine runs.
+pub const PLUGGED_MEMORY_NODE: u32 = 1;
+
+/// PCI Express port that a disk can be plugged into while the machine runs.
+pub const DISK_PORT: &str = "disk-port";
+
+/// PCI Express port for a memory device.
+pub const MEMORY_PORT: &str = "memory-port";
 
 /// Where the memory of a driver VM is, in MiB.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,7 +143,31 @@ impl<'a> DriverVmPlan<'a> {
             cpus: 1,
             memory: Memory::OneFile { all: 384, below_4g: None },
             boot: Boot::Kernel,
+            ledger: None,
+            hot_plug: false,
+            iommu: false,
         }
+    }
+
+    /// Shares a witness's ledger (`Witness::ledger`) with the machine.
+    #[must_use]
+    pub fn ledger(mut self, ledger: &Path) -> Self {
+        self.ledger = Some(ledger.to_owned());
+        self
+    }
+
+    /// Makes room for memory, and ports ([`DISK_PORT`], [`MEMORY_PORT`]) for devices, that are plugged in while the machine runs.
+    #[must_use]
+    pub fn hot_plug(mut self) -> Self {
+        self.hot_plug = true;
+        self
+    }
+
+    /// Puts the disks behind a vIOMMU that the kernel uses for all DMA, page by page.
+    #[must_use]
+    pub fn iommu(mut self) -> Self {
+        self.iommu = true;
+        self
     }
 
     /// Adds a disk; the first one is `/dev/vda`.
@@ -126,9 +211,23 @@ impl<'a> DriverVmPlan<'a> {
     /// # Errors
     /// If QEMU does not start, the kernel panics, or the shell does not answer in [`BOOT_PATIENCE`].
     pub fn boot(self) -> Result<DriverVm> {
-        let mut vm = self.start()?;
+        let mut vm = self.start(&[])?;
         vm.await_shell()?;
         Ok(vm)
+    }
+
+    /// Starts a machine that waits for the state of another one, as the other end of [`DriverVm::migrate`]; the plan must be
+    /// that of the other one but for sockets and ledger.
+    ///
+    /// # Errors
+    /// If QEMU does not start.
+    pub fn await_migration(self) -> Result<Incoming> {
+        let socket = self.testbed.socket(&format!("{}.migration", self.name));
+        // Left by an earlier migration to a machine of this name.
+        let _ = std::fs::remove_file(&socket);
+        let uri = format!("unix:{}", socket.display());
+        let vm = self.start(&["-incoming", &uri])?;
+        Ok(Incoming { vm, uri })
     }
 
     /// Boots from the first disk's first sector and returns without waiting: see [`DriverVm::await_console`].
@@ -137,10 +236,10 @@ impl<'a> DriverVmPlan<'a> {
     /// If QEMU does not start.
     pub fn boot_from_first_disk(mut self) -> Result<DriverVm> {
         self.boot = Boot::FirstDisk;
-        self.start()
+        self.start(&[])
     }
 
-    fn start(self) -> Result<DriverVm> {
+    fn start(self, more: &[&str]) -> Result<DriverVm> {
         let listen = |purpose: &str| {
             let path = self.testbed.socket(&format!("{}.{purpose}", self.name));
             // A socket of an earlier machine of the same name is in the way and of no use.
@@ -152,7 +251,8 @@ impl<'a> DriverVmPlan<'a> {
         let (shell_path, shell) = listen("shell")?;
         let (qmp_path, qmp) = listen("qmp")?;
         let folder = self.testbed.folder().to_owned();
-        let arguments = self.arguments([&console_path, &shell_path, &qmp_path]);
+        let mut arguments = self.arguments([&console_path, &shell_path, &qmp_path]);
+        arguments.extend(more.iter().map(OsString::from));
         let qemu = Process::start(&format!("{}-qemu", self.name), &self.qemu, arguments, &folder)?;
 
         let accept = |listener| accept_from(qemu.watched(), listener);
@@ -167,37 +267,79 @@ impl<'a> DriverVmPlan<'a> {
         line.option("-nodefaults", "-no-user-config").option("-display", "none").option("-vga", "none");
         line.option("-accel", if kvm_is_usable() { "kvm" } else { "tcg,thread=multi" }).option("-cpu", self.cpu);
         line.option("-smp", self.cpus.to_string());
-        self.memory.push_options(&mut line);
+        self.memory.push_options(self.machine_properties(), self.hot_plug, &mut line);
         for (id, socket) in ["console", "shell", "qmp"].into_iter().zip(sockets) {
             line.option("-chardev", format!("socket,id={id},path={}", socket.display()));
         }
         line.option("-serial", "chardev:console").option("-serial", "chardev:shell");
         line.option("-mon", "chardev=qmp,mode=control");
-        for (index, disk) in self.disks.iter().enumerate() {
-            let queues = disk.queues.map(|queues| format!(",num-queues={queues}")).unwrap_or_default();
-            let bootindex = if self.boot == Boot::FirstDisk && index == 0 { ",bootindex=0" } else { "" };
-            line.option("-chardev", format!("socket,id=disk{index},path={}", disk.socket.display()));
-            line.option("-device", format!("vhost-user-blk-pci,chardev=disk{index}{queues}{bootindex}"));
-        }
+        self.push_devices(&mut line);
         if self.boot == Boot::Kernel {
+            let iommu = if self.iommu { " intel_iommu=on iommu.strict=1" } else { "" };
+            // Memory that only holds what can move can be pulled out again.
+            let movable = if self.hot_plug { " memhp_default_state=online_movable" } else { "" };
             line.option("-kernel", &self.testbed.setup().kernel).option("-initrd", self.testbed.driver_image());
-            line.option("-append", KERNEL_COMMAND_LINE);
+            line.option("-append", format!("{KERNEL_COMMAND_LINE}{iommu}{movable}"));
         }
         line.0
     }
+
+    fn machine_properties(&self) -> &'static str {
+        if self.iommu { ",kernel-irqchip=split" } else { "" }
+    }
+
+    fn push_devices(&self, line: &mut CommandLine) {
+        if self.iommu {
+            // Before the devices that it translates for.
+            line.option("-device", "intel-iommu,intremap=on,device-iotlb=on");
+        }
+        for (index, disk) in self.disks.iter().enumerate() {
+            let bootindex = if self.boot == Boot::FirstDisk && index == 0 { ",bootindex=0" } else { "" };
+            let chardev = format!("disk{index}");
+            line.option("-chardev", disk.chardev(&chardev));
+            line.option("-device", disk.device(&chardev) + bootindex);
+        }
+        if let Some(ledger) = &self.ledger {
+            let file = format!("mem-path={},size={LEDGER_LEN},share=on", ledger.display());
+            line.option("-object", format!("memory-backend-file,id=ledger,{file}"));
+            // A master's memory migrates with its machine.
+            line.option("-device", "ivshmem-plain,memdev=ledger,master=on");
+        }
+        if self.hot_plug {
+            for (chassis, port) in [DISK_PORT, MEMORY_PORT].into_iter().enumerate() {
+                line.option("-device", format!("pcie-root-port,id={port},chassis={}", chassis + 1));
+            }
+        }
+    }
+}
+
+/// A machine that waits for the state of another one.
+#[derive(Debug)]
+pub struct Incoming {
+    pub(super) vm: DriverVm,
+    pub(super) uri: String,
 }
 
 impl Memory {
-    fn push_options(self, line: &mut CommandLine) {
+    fn push_options(self, machine_properties: &str, hot_plug: bool, line: &mut CommandLine) {
+        let room =
+            if hot_plug { format!(",slots={HOT_PLUG_SLOTS},maxmem={HOT_PLUG_ROOM_MIB}M") } else { String::new() };
         let file = |id: &str, mib: u32| format!("memory-backend-memfd,id={id},size={mib}M,share=on");
         match self {
             Self::OneFile { all, below_4g } => {
                 let below_4g = below_4g.map(|mib| format!(",max-ram-below-4g={mib}M")).unwrap_or_default();
-                line.option("-machine", format!("q35,memory-backend=memory{below_4g}"));
-                line.option("-m", format!("{all}M")).option("-object", file("memory", all));
+                line.option("-m", format!("{all}M{room}")).option("-object", file("memory", all));
+                if hot_plug {
+                    line.option("-machine", format!("q35{below_4g}{machine_properties}"));
+                    line.option("-numa", "node,nodeid=0,memdev=memory");
+                    line.option("-numa", format!("node,nodeid={PLUGGED_MEMORY_NODE}"));
+                } else {
+                    line.option("-machine", format!("q35,memory-backend=memory{below_4g}{machine_properties}"));
+                }
             }
             Self::TwoFiles { each } => {
-                line.option("-machine", format!("q35,max-ram-below-4g={each}M")).option("-m", format!("{}M", 2 * each));
+                line.option("-machine", format!("q35,max-ram-below-4g={each}M{machine_properties}"));
+                line.option("-m", format!("{}M{room}", 2 * each));
                 for node in ["low", "high"] {
                     line.option("-object", file(node, each)).option("-numa", format!("node,memdev={node}"));
                 }
