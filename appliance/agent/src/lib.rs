@@ -5,10 +5,11 @@
 //! from the bridge becomes a vhost-user message, its handles become file descriptors, and the back-end's reply becomes a
 //! frame. The binary `vvu-agent` runs it; tests run [`session`] against a control device of their own.
 //!
-//! It never looks at driver memory or at a device's data, signals nothing itself while a device runs, and has no device
-//! code. It trusts neither the bridge nor the back-end to follow the rules.
+//! It never looks at a device's data, signals nothing itself while a device runs, and has no device code. Of driver memory it
+//! reads one number: the index of a used ring, when a back-end was lost ([`window::Window::read_u16`]). It trusts neither the
+//! bridge nor the back-end to follow the rules.
 //!
-//! Pure: [`regions`], [`restarts`], the staging of [`modules`], the rules of [`ring`] and [`translate`]. Unsafe: the ioctls
+//! Pure: [`regions`], [`memory_map`], [`restarts`], the staging of [`modules`], the rules of [`ring`] and [`translate`]. Unsafe: the ioctls
 //! of [`vfio`] and the waiting of [`watch`]. Waiting: [`session`], [`supervisor`], [`back_end`], [`reaper`].
 
 pub mod back_end;
@@ -17,6 +18,7 @@ pub mod control;
 pub mod device_sets;
 pub mod dma;
 pub mod doorbell;
+pub mod memory_map;
 pub mod modules;
 pub mod pci;
 pub mod programs;

@@ -6,9 +6,10 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use tokio::task::{JoinSet, LocalSet};
 use vvu_agent::boot;
-use vvu_agent::device_sets::bring_up;
+use vvu_agent::device_sets::{RealDeviceSet, bring_up};
 use vvu_agent::modules::{Modules, Stage};
 use vvu_agent::reaper::{Reaper, Scope};
+use vvu_agent::session::DeviceSetError;
 
 fn main() -> Result<()> {
     if !rustix::process::getpid().is_init() {
@@ -32,19 +33,33 @@ fn run() -> Result<Infallible> {
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot wait for events")?;
     LocalSet::new().block_on(&runtime, async {
         let (reaper, reaper_task) = Reaper::new(Scope::AllChildren).context("cannot wait for processes")?;
-        let mut tasks = JoinSet::new();
+        let mut serving = JoinSet::new();
         tokio::task::spawn_local(async move {
             if let Err(error) = reaper_task.run().await {
                 tracing::error!("cannot wait for processes: {error}");
             }
         });
-        for set in bring_up(&config, &modules, &reaper).await? {
-            tasks.spawn_local(set.serve());
+        for mut set in bring_up(&config, &modules, &reaper).await? {
+            serving.spawn_local(async move {
+                let error = set.serve().await.err();
+                (set, error)
+            });
         }
-        while let Some(ended) = tasks.join_next().await {
-            let Err(error) = ended.context("a device set's task failed")?;
-            tracing::error!("device set ended: {:#}", anyhow::Error::new(error));
-        }
-        bail!("no device set is left")
+        run_sets(serving).await
     })
+}
+
+/// Waits until no device set serves any more. What is left of one stays down beside the others.
+async fn run_sets(mut serving: JoinSet<(RealDeviceSet, Option<DeviceSetError>)>) -> Result<Infallible> {
+    let mut down = JoinSet::new();
+    while let Some(ended) = serving.join_next().await {
+        let (set, Some(error)) = ended.context("a device set's task failed")? else { continue };
+        let error = anyhow::Error::new(error).context(format!("device set {}", set.uuid()));
+        if serving.is_empty() {
+            return Err(error.context("no device set is left"));
+        }
+        tracing::error!("{error:#}");
+        down.spawn_local(set.stay_down());
+    }
+    bail!("no device set is left")
 }

@@ -34,8 +34,9 @@ const START_TIMEOUT: Duration = Duration::from_secs(10);
 /// after 30 s (control profile, "Sessions", rule 2), and a replacement has to be started within that time.
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long a program whose connection has ended may take to end itself, so that its exit status can be told.
-const EXIT_GRACE: Duration = Duration::from_secs(1);
+/// How long to wait for the end of a program whose connection has ended. One that dies closes its connection a moment before
+/// its end is seen; one that does not die is connected to again, and a driver VM is waiting for that.
+const EXIT_GRACE: Duration = Duration::from_millis(250);
 
 /// Between `bind` and `listen` of the program, its socket is there but refuses connections; no event tells of the latter.
 const LISTEN_RETRY: Duration = Duration::from_millis(5);
@@ -165,13 +166,17 @@ impl Supervisor {
         Ok(())
     }
 
-    /// Says of a back-end whose connection has ended whether and how it ended itself. To be called once for each connection.
-    pub async fn note_end(&mut self) {
-        if let Ok(exit) = timeout(EXIT_GRACE, exited(&mut self.child)).await {
-            error!("back-end died: {exit}");
-            self.child = None;
-            self.failed();
+    /// Takes note of a back-end that has closed a connection which a front-end was using: it has failed, whether or not it
+    /// has died of that.
+    pub async fn lost(&mut self) {
+        match timeout(EXIT_GRACE, exited(&mut self.child)).await {
+            Ok(exit) => {
+                error!("back-end died: {exit}");
+                self.child = None;
+            }
+            Err(_) => error!("back-end closed its connection and lives on"),
         }
+        self.failed();
     }
 
     /// Ends the back-end without asking it, because it does not do what it should.

@@ -1,26 +1,34 @@
 //! The one place where a handle of the bridge becomes a file descriptor for the back-end.
 //!
 //! Only requests whose descriptors have a meaning here get through; all others are refused by name, and the bridge hears of
-//! it.
+//! it. Some descriptors have another end, which stays here: [`OurEnd`].
 
-use std::os::fd::OwnedFd;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
+use rustix::fs::{FileType, Mode, OFlags, fstat, open};
+use rustix::pipe::{PipeFlags, pipe_with};
+use vvu_protocol::address::{FileOffset, WindowOffset};
 use vvu_protocol::carriage::{self, Carriage};
 use vvu_protocol::control::Handle;
+use vvu_protocol::dax::NODE_OFFSET;
 use vvu_protocol::memory::MemoryRegion;
-use vvu_protocol::message::{FrontEndRequest, VringFile};
+use vvu_protocol::message::{DeviceStateTransfer, FrontEndRequest, Inflight, LogArea, StateDirection, VringFile};
+use vvu_protocol::window::{ALIGNMENT, INFLIGHT_LEN, INFLIGHT_OFFSET, LOG_LEN, LOG_OFFSET};
 
 use crate::doorbell::{Doorbell, DoorbellError};
-use crate::regions::{RegionError, mappable_regions};
+use crate::memory_map::Step;
+use crate::regions::Extent;
 use crate::window::Window;
 
 /// A file descriptor for the back-end. The same one may be sent several times.
 pub type Descriptor = Arc<OwnedFd>;
 
-/// Why a request does not reach the back-end.
+/// Why handles cannot be turned into descriptors.
 #[derive(Debug, thiserror::Error)]
-pub enum Refusal {
+pub enum TranslateError {
     /// The agent does not carry this request.
     #[error("request is not carried into the appliance: {reason}")]
     NotCarried {
@@ -35,67 +43,189 @@ pub enum Refusal {
         /// Handle that came.
         found: Handle,
     },
-    /// The memory table cannot be mapped.
-    #[error(transparent)]
-    Regions(#[from] RegionError),
+    /// A log or inflight buffer that cannot be mapped: outside its area, or not at the start of a unit.
+    #[error(
+        "{len:#x} bytes at window offset {start}, expected a multiple of 2 MiB in the {area:#x} bytes from {area_start}"
+    )]
+    Place {
+        /// Where it starts.
+        start: WindowOffset,
+        /// Its length in bytes.
+        len: u64,
+        /// Where its area starts.
+        area_start: WindowOffset,
+        /// Length of its area in bytes.
+        area: u64,
+    },
     /// There is no eventfd for a handle.
     #[error(transparent)]
     Doorbell(#[from] DoorbellError),
+    /// No pipe or socket could be made.
+    #[error("pipe or socket for the back-end")]
+    Io(#[from] io::Error),
 }
 
-/// The same request, for the back-end.
+/// The end of a descriptor for the back-end that stays here.
+#[derive(Debug)]
+pub enum OurEnd {
+    /// Requests of the back-end come from it (SET_BACKEND_REQ_FD).
+    BackChannel(UnixStream),
+    /// The state of the device is read from it or written to it (SET_DEVICE_STATE_FD).
+    State(StateDirection, OwnedFd),
+}
+
+/// A request for the back-end.
+#[derive(Debug)]
+pub struct Translation {
+    /// The request.
+    pub request: FrontEndRequest<Descriptor>,
+    /// What stays here.
+    pub ours: Option<OurEnd>,
+}
+
+/// The same request, for the back-end. Not for requests about memory: those are not carried as they are
+/// ([`memory_request`]).
 ///
 /// # Errors
-/// [`Refusal`].
+/// [`TranslateError`].
 pub fn translate(
     request: FrontEndRequest<Handle>,
     window: &Window,
     doorbell: &mut impl Doorbell,
-) -> Result<FrontEndRequest<Descriptor>, Refusal> {
+) -> Result<Translation, TranslateError> {
     use FrontEndRequest as R;
-    Ok(match request {
-        R::SetMemTable(table) => R::SetMemTable(memory_table(table, window)?),
+    let request = match request {
         R::SetVringKick(file) => R::SetVringKick(vring_file(file, |handle| vector(handle, doorbell))?),
         R::SetVringCall(file) => R::SetVringCall(vring_file(file, |handle| peer(handle, doorbell))?),
         R::SetVringErr(file) => R::SetVringErr(vring_file(file, |handle| peer(handle, doorbell))?),
+        R::SetLogBase(area, handle) => R::SetLogBase(log(area)?, node(handle, window)?),
+        R::SetLogFd(handle) => R::SetLogFd(peer(handle, doorbell)?),
+        R::SetInflightFd(buffer, handle) => R::SetInflightFd(inflight(buffer)?, node(handle, window)?),
+        R::SetBackendReqFd(handle) => return back_channel(handle),
+        R::SetDeviceStateFd(transfer, handle) => return device_state(transfer, handle),
         other => match carriage::front_end(other.code()) {
-            Carriage::Refused(reason) => return Err(Refusal::NotCarried { reason }),
-            _ => other.without_descriptors().ok_or(Refusal::NotCarried { reason: "it has descriptors" })?,
+            Carriage::Refused(reason) => return Err(TranslateError::NotCarried { reason }),
+            _ => other.without_descriptors().ok_or(TranslateError::NotCarried { reason: "it has descriptors" })?,
         },
-    })
+    };
+    Ok(Translation { request, ours: None })
 }
 
-/// Regions that the back-end can map, each with the window's node.
-fn memory_table(
-    table: Vec<(MemoryRegion, Handle)>,
-    window: &Window,
-) -> Result<Vec<(MemoryRegion, Descriptor)>, Refusal> {
-    let other = table.iter().map(|(_, handle)| *handle).find(|handle| *handle != Handle::Window);
-    if let Some(found) = other {
-        return Err(Refusal::Handle { expected: "window", found });
+/// The request that is a step of a change of memory.
+#[must_use]
+pub fn memory_request(step: &Step, window: &Window) -> FrontEndRequest<Descriptor> {
+    let with_node = |extent: &Extent| (extent.region(), Arc::clone(&window.file));
+    match step {
+        Step::Table(extents) => FrontEndRequest::SetMemTable(extents.iter().map(with_node).collect()),
+        Step::Add(extent) => FrontEndRequest::AddMemReg(extent.region(), Arc::clone(&window.file)),
+        Step::Remove(extent) => FrontEndRequest::RemMemReg(extent.region()),
     }
-    let regions = table.into_iter().map(|(region, _)| region).collect::<Vec<_>>();
-    let regions = mappable_regions(&regions, window.len)?;
-    Ok(regions.into_iter().map(|region| (region, Arc::clone(&window.file))).collect())
+}
+
+/// A region of the front-end, if it is in the window.
+///
+/// # Errors
+/// [`TranslateError::Handle`].
+pub fn memory_region((region, handle): (MemoryRegion, Handle)) -> Result<MemoryRegion, TranslateError> {
+    match handle {
+        Handle::Window => Ok(region),
+        found => Err(TranslateError::Handle { expected: "window", found }),
+    }
+}
+
+/// A descriptor for the state of the device that the back-end prefers to the one it was given. It is opened anew, so that
+/// nobody else can change how it behaves.
+///
+/// # Errors
+/// If it is no pipe.
+pub fn pipe_of_back_end(theirs: &OwnedFd, direction: StateDirection) -> io::Result<OwnedFd> {
+    if FileType::from_raw_mode(fstat(theirs)?.st_mode) != FileType::Fifo {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "expected a pipe"));
+    }
+    let mode = match direction {
+        StateDirection::Save => OFlags::RDONLY,
+        StateDirection::Load => OFlags::WRONLY,
+    };
+    let path = format!("/proc/self/fd/{}", theirs.as_fd().as_raw_fd());
+    Ok(open(path, mode | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty())?)
+}
+
+/// A back-end maps the whole log, and some insist on the length they were told: so it is told whole units. The log gets longer
+/// by bits that stand for no page of driver memory.
+fn log(area: LogArea) -> Result<LogArea, TranslateError> {
+    let (mmap_offset, size) = place(area.mmap_offset, area.size, LOG_OFFSET, LOG_LEN)?;
+    Ok(LogArea { size, mmap_offset })
+}
+
+fn inflight(buffer: Inflight) -> Result<Inflight, TranslateError> {
+    let (mmap_offset, mmap_size) = place(buffer.mmap_offset, buffer.mmap_size, INFLIGHT_OFFSET, INFLIGHT_LEN)?;
+    Ok(Inflight { mmap_size, mmap_offset, ..buffer })
+}
+
+/// Offset in the node and length in whole units of what lies in an area of the window.
+fn place(
+    start: FileOffset,
+    len: u64,
+    area_start: WindowOffset,
+    area: u64,
+) -> Result<(FileOffset, u64), TranslateError> {
+    let start = WindowOffset(start.0);
+    let error = TranslateError::Place { start, len, area_start, area };
+    let rounded = len.checked_next_multiple_of(ALIGNMENT).filter(|len| *len > 0);
+    let end = rounded.and_then(|len| start.checked_add(len));
+    let inside = start >= area_start && end.is_some_and(|end| end.0 <= area_start.0.saturating_add(area));
+    match (rounded, start.checked_sub(NODE_OFFSET)) {
+        (Some(len), Some(offset)) if inside && offset.0.is_multiple_of(ALIGNMENT) => Ok((FileOffset(offset.0), len)),
+        _ => Err(error),
+    }
+}
+
+fn back_channel(handle: Handle) -> Result<Translation, TranslateError> {
+    if handle != Handle::BackChannel {
+        return Err(TranslateError::Handle { expected: "back channel", found: handle });
+    }
+    let (ours, theirs) = UnixStream::pair()?;
+    let request = FrontEndRequest::SetBackendReqFd(Arc::new(theirs.into()));
+    Ok(Translation { request, ours: Some(OurEnd::BackChannel(ours)) })
+}
+
+fn device_state(transfer: DeviceStateTransfer, handle: Handle) -> Result<Translation, TranslateError> {
+    if handle != Handle::Stream {
+        return Err(TranslateError::Handle { expected: "stream", found: handle });
+    }
+    let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).map_err(io::Error::from)?;
+    let (ours, theirs) = match transfer.direction {
+        StateDirection::Save => (reader, writer),
+        StateDirection::Load => (writer, reader),
+    };
+    let request = FrontEndRequest::SetDeviceStateFd(transfer, Arc::new(theirs));
+    Ok(Translation { request, ours: Some(OurEnd::State(transfer.direction, ours)) })
+}
+
+fn node(handle: Handle, window: &Window) -> Result<Descriptor, TranslateError> {
+    match handle {
+        Handle::Window => Ok(Arc::clone(&window.file)),
+        found => Err(TranslateError::Handle { expected: "window", found }),
+    }
 }
 
 fn vring_file(
     file: VringFile<Handle>,
-    translate: impl FnOnce(Handle) -> Result<Descriptor, Refusal>,
-) -> Result<VringFile<Descriptor>, Refusal> {
+    translate: impl FnOnce(Handle) -> Result<Descriptor, TranslateError>,
+) -> Result<VringFile<Descriptor>, TranslateError> {
     Ok(VringFile { index: file.index, descriptor: file.descriptor.map(translate).transpose()? })
 }
 
-fn vector(handle: Handle, doorbell: &impl Doorbell) -> Result<Descriptor, Refusal> {
+fn vector(handle: Handle, doorbell: &impl Doorbell) -> Result<Descriptor, TranslateError> {
     match handle {
         Handle::Vector(vector) => Ok(doorbell.vector(vector)?),
-        found => Err(Refusal::Handle { expected: "vector", found }),
+        found => Err(TranslateError::Handle { expected: "vector", found }),
     }
 }
 
-fn peer(handle: Handle, doorbell: &mut impl Doorbell) -> Result<Descriptor, Refusal> {
+fn peer(handle: Handle, doorbell: &mut impl Doorbell) -> Result<Descriptor, TranslateError> {
     match handle {
         Handle::Peer(peer) => Ok(doorbell.peer(peer)?),
-        found => Err(Refusal::Handle { expected: "peer", found }),
+        found => Err(TranslateError::Handle { expected: "peer", found }),
     }
 }

@@ -6,7 +6,15 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
+
+use vm_memory::mmap::MmapRegionError;
+use vm_memory::volatile_memory::Error as VolatileError;
+use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
+use vvu_protocol::address::WindowOffset;
+use vvu_protocol::dax::NODE_OFFSET;
+use vvu_protocol::window::ALIGNMENT;
 
 use crate::uuid::Uuid;
 use crate::watch::wait_for;
@@ -28,6 +36,31 @@ pub enum WindowError {
         uuid: Uuid,
     },
     /// The node cannot be looked for or opened.
+    #[error("device-DAX node")]
+    Io(#[from] io::Error),
+}
+
+/// Why a number in driver memory cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// It is not in the window.
+    #[error("window offset {offset} is outside the window")]
+    Outside {
+        /// Where it is.
+        offset: WindowOffset,
+    },
+    /// The node cannot be mapped.
+    #[error("device-DAX node cannot be mapped")]
+    Map(#[from] MmapRegionError),
+    /// It crosses a unit or is not aligned.
+    #[error("window offset {offset}")]
+    Access {
+        /// Where it is.
+        offset: WindowOffset,
+        /// What is wrong with that.
+        source: VolatileError,
+    },
+    /// The node cannot be opened once more.
     #[error("device-DAX node")]
     Io(#[from] io::Error),
 }
@@ -57,6 +90,29 @@ impl Window {
         let (path, file) = found.ok_or(WindowError::NoNode { uuid })?;
         tracing::info!(node = %path.display(), len_bytes = len, "window is open");
         Ok(Self { file: Arc::new(file.into()), len })
+    }
+
+    /// Reads two little-endian bytes of driver memory in one access. For that moment, and no longer, one unit of the node is
+    /// mapped. The driver may write there at any time.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn read_u16(&self, offset: WindowOffset) -> Result<u16, ReadError> {
+        let outside = ReadError::Outside { offset };
+        let Some(in_node) = offset.checked_sub(NODE_OFFSET).filter(|_| offset.0 < self.len) else {
+            return Err(outside);
+        };
+        let in_unit = in_node.0 % ALIGNMENT;
+        let (Ok(place), Ok(unit_len)) = (usize::try_from(in_unit), usize::try_from(ALIGNMENT)) else {
+            return Err(outside);
+        };
+        let file = FileOffset::new(File::from(self.file.try_clone()?), in_node.0 - in_unit);
+        let unit = MmapRegion::<()>::build(Some(file), unit_len, libc::PROT_READ, libc::MAP_SHARED)?;
+        let value: u16 = unit
+            .as_volatile_slice()
+            .load(place, Ordering::Acquire)
+            .map_err(|source| ReadError::Access { offset, source })?;
+        Ok(u16::from_le(value))
     }
 }
 

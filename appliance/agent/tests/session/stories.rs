@@ -62,7 +62,7 @@ fn play(script: Script, story: impl FnOnce(&Stage) -> Story<'_>) {
         let (bridge, port) = Bridge::new(WINDOW_LEN);
         let eventfds = Eventfds::new();
         let window_of_set = Window { file, len: WINDOW_LEN };
-        let set = DeviceSet::new(Uuid([7; 16]), port, eventfds.clone(), window_of_set, supervisor);
+        let mut set = DeviceSet::new(Uuid([7; 16]), port, eventfds.clone(), window_of_set, supervisor);
         let stage = Stage { bridge, eventfds, window: window.into() };
         let started = std::time::Instant::now();
         tokio::select! {
@@ -250,7 +250,7 @@ fn what_cannot_be_carried_is_refused_and_the_session_goes_on() {
     play(Script::Proper, |stage| {
         Box::pin(async {
             stage.bridge.connect().await;
-            let log = LogArea { size: 4096, mmap_offset: FileOffset(ALIGNMENT) };
+            let log = LogArea { size: 4096, mmap_offset: FileOffset(2 * ALIGNMENT - 4096) };
             let unknown = RawMessage::request(200, true, vec![1, 2, 3], vec![]);
             let outside = region(0, 4096, 0x7f00_0000_0000, WINDOW_LEN);
             let mut other_handle = region(0, 4096, 0x7f00_0000_0000, MEMORY_OFFSET.0);
