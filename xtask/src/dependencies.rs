@@ -13,9 +13,9 @@ const ALLOWED: [(&str, &[&str]); 13] = [
     ("vvu-socket", &["vvu-protocol"]),
     ("vvu-bridge", &["vvu-protocol", "vvu-socket"]),
     ("vvu-appliance-config", &[]),
-    ("vvu-back-end", &["vvu-protocol"]),
+    ("vvu-back-end", &["vvu-protocol", "vvu-socket"]),
     // A back-end is an ordinary vhost-user program: it knows nothing of appliances.
-    ("vvu-blk", &[]),
+    ("vvu-blk", &["vvu-back-end", "vvu-protocol"]),
     ("vvu-agent", &["vvu-appliance-config", "vvu-protocol", "vvu-socket"]),
     // Other parts are programs to it, as they are to an operator.
     ("vvu", &["vvu-appliance-config", "vvu-protocol"]),

@@ -1,8 +1,42 @@
-//! What a vhost-user back-end needs to lose no request when it is restarted, migrated or put behind an IOMMU.
+//! vhost-user back-ends: one connection of a front-end, its rings and their threads, and all that keeps a request from being
+//! lost when the back-end is restarted, the driver VM migrates or has an IOMMU.
 //!
-//! Used by our back-ends, in the appliance VM as well as on a host. It never does a device's own work.
+//! A device implements [`Device`], and takes its requests from a [`Ring`]. A program hands each connection to a
+//! [`Connection`] and calls [`Connection::serve`]. Our back-ends use it, in the appliance VM as well as on a host; it knows
+//! nothing of either. It is what `vhost-user-backend` is, with inflight tracking, IOTLB, memory slots and a dirty log that
+//! covers whatever is written.
+//!
+//! What it never does: a device's own work, or packed rings.
+//!
+//! # Map
+//! - one connection: `session` (messages), `device` (what a device is to it), `notices` (what other threads want of it)
+//! - one ring: `vring` (its life between two threads), `ring` (the split ring), `chain` (descriptors)
+//! - memory: `memory` (the table), `view` (what a ring sees of it), `place`, `iommu` with [`iotlb`]
+//! - shared with the front-end: [`inflight`], [`dirty_log`], on `shared_mapping` (unsafe)
+//! - [`wakeup`], [`log_limit`]
 
+mod chain;
+mod device;
 pub mod dirty_log;
 pub mod inflight;
+mod iommu;
 pub mod iotlb;
+pub mod log_limit;
+mod memory;
+mod notices;
+mod place;
+mod ring;
+mod session;
 mod shared_mapping;
+mod view;
+mod vring;
+pub mod wakeup;
+
+pub use chain::{Chain, ChainError, total_len};
+pub use device::{ConfigWriter, Device, DeviceError};
+pub use iotlb::Miss;
+pub use memory::{MAX_MEMORY_SLOTS, Memory, TableError};
+pub use ring::{Pause, Ring, RingError};
+pub use session::{Connection, Ending, Handle, Refusal, SessionError};
+pub use view::{AccessError, Segment, View};
+pub use vring::{Changes, Service};

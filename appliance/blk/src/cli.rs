@@ -22,7 +22,7 @@ pub struct Cli {
     #[arg(long, value_name = "PATH", conflicts_with = "fd")]
     socket_path: Option<PathBuf>,
 
-    /// Use the listening socket that was inherited as descriptor N.
+    /// Use the socket that was inherited as descriptor N: a listening one, or one that is connected to the only front-end.
     #[arg(long, value_name = "N")]
     fd: Option<RawFd>,
 

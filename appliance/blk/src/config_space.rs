@@ -78,7 +78,7 @@ pub(crate) const fn feature(bit: u32) -> u64 {
 }
 
 /// The configuration space, little-endian (virtio 1.3, section 5.2.4, `struct virtio_blk_config`).
-pub(crate) fn encode(shape: &DiskShape, queues: u16, writeback: bool) -> [u8; CONFIG_LEN] {
+pub(crate) fn encode(shape: DiskShape, queues: u16, writeback: bool) -> [u8; CONFIG_LEN] {
     let mut config = [0; CONFIG_LEN];
     let mut writer = FieldWriter { rest: &mut config };
     writer.put(&shape.capacity_sectors.to_le_bytes());
@@ -153,7 +153,7 @@ mod tests {
 
     #[test]
     fn the_layout_is_that_of_the_specification() {
-        let config = encode(&shape(), 7, true);
+        let config = encode(shape(), 7, true);
         let at = |offset: usize, len: usize| config[offset..offset + len].to_vec();
         assert_eq!(at(0, 8), [6, 5, 4, 3, 2, 1, 0, 0], "capacity");
         assert_eq!(at(8, 4), SIZE_MAX.to_le_bytes(), "size_max");
@@ -177,7 +177,7 @@ mod tests {
         assert_eq!(offered_features(true) & feature(VIRTIO_BLK_F_WRITE_ZEROES), 0);
         assert_ne!(offered_features(true) & feature(VIRTIO_BLK_F_RO), 0);
         assert_eq!(offered_features(false) & feature(VIRTIO_BLK_F_RO), 0);
-        let config = encode(&DiskShape { read_only: true, ..shape() }, 1, true);
+        let config = encode(DiskShape { read_only: true, ..shape() }, 1, true);
         assert_eq!(config[36..44], [0; 8]);
         assert_eq!(config[48..57], [0; 9]);
     }

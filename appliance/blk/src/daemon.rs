@@ -1,27 +1,25 @@
 //! The program's life: open the image, listen, serve one front-end after the other, end on a signal.
 
 use std::io;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, poll};
-use vhost::vhost_user::Error as ProtocolError;
-use vhost_user_backend::{Error as BackendError, VhostUserDaemon};
-use vm_memory::GuestMemoryAtomic;
+use vvu_back_end::log_limit::LogLimit;
+use vvu_back_end::wakeup::Wakeup;
+use vvu_back_end::{Connection, Ending, SessionError};
 
-use crate::DriverMemory;
-use crate::backend::Backend;
 use crate::device::{Device, SERIAL_LEN};
 use crate::engine::Engine;
 use crate::image::{Image, ImageError};
-use crate::listener::{Endpoint, Listener, ListenerError};
-use crate::log_limit::LogLimit;
+use crate::listener::{Endpoint, FrontEnds, ListenerError};
 use crate::lost_memory;
 use crate::signals::{Signals, Wish};
-use crate::wakeup::Wakeup;
+use crate::worker::error_chain;
 
-/// Most queues of a device: the crate keeps sets of queues in 64 bits.
+/// Most queues of a device; each has a thread.
 pub const MAX_QUEUES: u16 = 64;
 
 /// What to serve, and where.
@@ -56,19 +54,16 @@ pub enum DaemonError {
     /// The system refuses what every program needs.
     #[error("system call failed")]
     System(#[from] io::Error),
-    /// No thread or descriptor for another connection.
-    #[error("cannot prepare for a front-end")]
-    Prepare(#[source] io::Error),
 }
 
-/// Serves until SIGTERM or SIGINT.
+/// Serves until SIGTERM or SIGINT, or until the one front-end of a connected socket has left.
 ///
 /// # Errors
 /// [`DaemonError`] if image or socket cannot be used. What a front-end or the driver does is never an error.
 pub fn run(options: &Options) -> Result<(), DaemonError> {
     // First: the descriptor of `--fd` must not be mixed up with one that is opened here, and threads that are started
     // later inherit the signal mask.
-    let listener = Listener::new(&options.endpoint)?;
+    let mut front_ends = FrontEnds::new(&options.endpoint)?;
     let signals = Signals::take_over()?;
     lost_memory::install()?;
     let image = Image::open(&options.image, options.read_only, options.io_alignment)?;
@@ -77,13 +72,15 @@ pub fn run(options: &Options) -> Result<(), DaemonError> {
     tracing::info!(endpoint = ?options.endpoint, queues = options.queues, "listening");
 
     let connections = LogLimit::default();
-    loop {
-        match wait(&signals, &listener)? {
+    while let Some(socket) = front_ends.waiting() {
+        match wait(&signals, &socket)? {
             Event::Signal(Wish::Report) => device.counters.log(),
+            Event::Signal(Wish::LookAgain) => {
+                look_again(&device);
+            }
             Event::Signal(Wish::End) => break,
             Event::Other => {
-                let end = serve_front_end(&device, &listener, &signals, &connections)?;
-                if end {
+                if serve_front_end(&device, front_ends.next()?, &signals, &connections)? {
                     break;
                 }
             }
@@ -104,46 +101,23 @@ fn serial_bytes(serial: &str) -> [u8; SERIAL_LEN] {
 /// Serves one front-end until it leaves. True if the program is to end.
 fn serve_front_end(
     device: &Arc<Device>,
-    listener: &Listener,
+    stream: UnixStream,
     signals: &Signals,
     connections: &LogLimit,
 ) -> Result<bool, DaemonError> {
     let suppressed = connections.admit(Instant::now());
-    let backend = Arc::new(Backend::new(device)?);
-    let memory = GuestMemoryAtomic::new(DriverMemory::new());
-    let mut daemon = VhostUserDaemon::new("vhost-user".to_owned(), Arc::clone(&backend), memory)
-        .map_err(|error| DaemonError::Prepare(io::Error::other(error.to_string())))?;
-    if let Err(error) = daemon.start(&mut listener.acceptor()?) {
-        // The front-end left before it was taken.
-        tracing::debug!(%error, "connection failed");
-        return Ok(false);
-    }
     if let Some(suppressed) = suppressed {
         tracing::info!(suppressed, "front-end connected");
     }
-    let end = wait_for_front_end(&mut daemon, device, signals, suppressed.is_some())?;
-    backend.close();
-    // Joins the queues' threads.
-    drop(daemon);
-    if suppressed.is_some() {
-        device.counters.log();
-    }
-    Ok(end)
-}
-
-fn wait_for_front_end(
-    daemon: &mut VhostUserDaemon<Arc<Backend>>,
-    device: &Device,
-    signals: &Signals,
-    log: bool,
-) -> Result<bool, DaemonError> {
-    let shutdown = daemon.shutdown_handle();
+    lost_memory::forget();
+    let connection = Connection::new(stream, Arc::clone(device));
+    let handle = connection.handle();
     let gone = Wakeup::new().map_err(io::Error::from)?;
     let mut end = false;
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            let outcome = daemon.wait();
-            if log {
+            let outcome = connection.serve();
+            if suppressed.is_some() {
                 log_outcome(outcome);
             }
             gone.wake();
@@ -151,24 +125,40 @@ fn wait_for_front_end(
         loop {
             match wait(signals, &gone)? {
                 Event::Signal(Wish::Report) => device.counters.log(),
-                Event::Signal(Wish::End) => {
-                    end = true;
-                    if let Some(shutdown) = &shutdown {
-                        shutdown.shutdown();
+                Event::Signal(Wish::LookAgain) => {
+                    if look_again(device) {
+                        handle.config_changed();
                     }
                 }
-                Event::Other => return Ok(end),
+                Event::Signal(Wish::End) => {
+                    end = true;
+                    handle.end();
+                }
+                Event::Other => return Ok::<_, io::Error>(()),
             }
         }
+    })?;
+    if suppressed.is_some() {
+        device.counters.log();
+    }
+    Ok(end)
+}
+
+/// Looks whether the image has another size now. True if the driver has to be told.
+fn look_again(device: &Device) -> bool {
+    device.image.look_again().unwrap_or_else(|error| {
+        tracing::warn!(error = error_chain(&error), "image cannot be looked at again");
+        false
     })
 }
 
-fn log_outcome(outcome: Result<(), BackendError>) {
+fn log_outcome(outcome: Result<Ending, SessionError>) {
     match outcome {
-        Ok(()) | Err(BackendError::HandleRequest(ProtocolError::Disconnected | ProtocolError::PartialMessage)) => {
-            tracing::info!("front-end disconnected");
+        Ok(Ending::Closed) => tracing::info!("front-end disconnected"),
+        Ok(Ending::Ended) => tracing::info!("front-end was disconnected on request"),
+        Err(error) => {
+            tracing::warn!(error = error_chain(&error), "front-end was disconnected for an error");
         }
-        Err(error) => tracing::warn!(%error, "front-end was disconnected for an error"),
     }
 }
 

@@ -1,18 +1,24 @@
 //! What all queues of a device share.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use virtio_bindings::bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
+use vvu_back_end::log_limit::LogLimit;
+use vvu_back_end::{ConfigWriter, DeviceError, Service};
+use vvu_protocol::features::{Features, ProtocolFeatures};
 
-use crate::config_space::{feature, offered_features};
+use crate::config_space::{self, WRITEBACK_OFFSET, feature, offered_features};
 use crate::counters::DeviceCounters;
 use crate::image::Image;
-use crate::log_limit::LogLimit;
 use crate::request::DiskRules;
+use crate::worker;
 
 /// Length of the serial number in a GET_ID answer, padded with NUL (virtio 1.3, section 5.2.6).
 pub(crate) const SERIAL_LEN: usize = 20;
+
+/// Largest ring that is served; as large as the largest of the VMMs.
+pub(crate) const MAX_QUEUE_SIZE: u16 = 1024;
 
 /// A disk, its options and its counters. Lives as long as the process; connections come and go.
 #[derive(Debug)]
@@ -25,7 +31,6 @@ pub(crate) struct Device {
     pub(crate) peer_log: LogLimit,
     /// For errors of the storage.
     pub(crate) storage_log: LogLimit,
-    features: AtomicU64,
     /// `writeback` of the configuration space.
     writeback: AtomicBool,
 }
@@ -39,31 +44,8 @@ impl Device {
             counters: DeviceCounters::new(queues),
             peer_log: LogLimit::default(),
             storage_log: LogLimit::default(),
-            features: AtomicU64::new(0),
             writeback: AtomicBool::new(true),
         }
-    }
-
-    /// Back to the state before feature negotiation.
-    pub(crate) fn reset(&self) {
-        self.features.store(0, Ordering::Relaxed);
-        self.writeback.store(true, Ordering::Relaxed);
-    }
-
-    pub(crate) fn offered_features(&self) -> u64 {
-        offered_features(self.image.shape().read_only)
-    }
-
-    pub(crate) fn negotiate(&self, features: u64) {
-        self.features.store(features, Ordering::Relaxed);
-    }
-
-    pub(crate) fn features(&self) -> u64 {
-        self.features.load(Ordering::Relaxed)
-    }
-
-    pub(crate) fn set_writeback(&self, writeback: bool) {
-        self.writeback.store(writeback, Ordering::Relaxed);
     }
 
     pub(crate) fn writeback(&self) -> bool {
@@ -83,5 +65,49 @@ impl Device {
     pub(crate) fn rules(&self, features: u64) -> DiskRules {
         let shape = self.image.shape();
         DiskRules { capacity_sectors: shape.capacity_sectors, read_only: shape.read_only, features }
+    }
+}
+
+impl vvu_back_end::Device for Device {
+    fn queue_count(&self) -> u16 {
+        self.queues
+    }
+
+    fn max_queue_size(&self) -> u16 {
+        MAX_QUEUE_SIZE
+    }
+
+    fn features(&self) -> Features {
+        Features::from_bits_retain(offered_features(self.image.shape().read_only))
+    }
+
+    fn protocol_features(&self) -> ProtocolFeatures {
+        ProtocolFeatures::CONFIG
+    }
+
+    fn reset(&self) {
+        self.writeback.store(true, Ordering::Relaxed);
+    }
+
+    fn read_config(&self, offset: u32, len: usize) -> Option<Vec<u8>> {
+        let config = config_space::encode(self.image.shape(), self.queues, self.writeback());
+        // Front-ends ask for fields that are newer than ours; those of features not offered read as zero.
+        Some(config.into_iter().chain(std::iter::repeat(0)).skip(offset as usize).take(len).collect())
+    }
+
+    fn write_config(&self, offset: u32, bytes: &[u8], _writer: ConfigWriter) -> Result<(), DeviceError> {
+        // All other fields are read-only for the driver, writing them has no effect; and migration has none to restore,
+        // for they describe the image of this side.
+        let position = WRITEBACK_OFFSET.checked_sub(offset).and_then(|position| bytes.get(position as usize));
+        match position {
+            Some(0) => self.writeback.store(false, Ordering::Relaxed),
+            Some(1) => self.writeback.store(true, Ordering::Relaxed),
+            Some(_) | None => tracing::debug!(offset, len = bytes.len(), "write to read-only configuration"),
+        }
+        Ok(())
+    }
+
+    fn serve(&self, service: Service<'_>) {
+        worker::serve(self, &service);
     }
 }

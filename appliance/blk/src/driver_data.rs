@@ -2,7 +2,7 @@
 
 use vm_memory::{Address, Bytes, GuestMemory, GuestMemoryError};
 
-use crate::chain::Segment;
+use vvu_back_end::Segment;
 
 /// Copies the bytes that begin `position` bytes into the segments to `buffer`. What lies beyond the segments is left.
 pub(crate) fn copy_from_driver<M: GuestMemory>(
@@ -71,7 +71,7 @@ mod tests {
                 segments.push(Segment { address: GuestAddress(address), len });
                 address += u64::from(len) + 5;
             }
-            let total: usize = crate::chain::total_len(&segments) .try_into().unwrap();
+            let total: usize = vvu_back_end::total_len(&segments) .try_into().unwrap();
             let data: Vec<u8> = (0..total).map(|index| u8::try_from(index * 7 % 251).unwrap()).collect();
             for (index, part) in data.chunks(step).enumerate() {
                 copy_to_driver(&memory, &segments, (index * step) as u64, part).unwrap();

@@ -20,9 +20,8 @@
     reason = "operations are handed to the kernel by address; the module's text says who keeps them"
 )]
 
-use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -102,9 +101,9 @@ struct Watched {
 #[derive(Default)]
 struct Signalled {
     /// File of the write that is pending.
-    pending: Option<Arc<File>>,
+    pending: Option<Arc<OwnedFd>>,
     /// Signal once more when it is written: it may have been read before the reason for the new signal existed.
-    again: Option<Arc<File>>,
+    again: Option<Arc<OwnedFd>>,
 }
 
 /// The numbers that eventfd reads and writes move.
@@ -260,7 +259,7 @@ impl Engine {
     }
 
     /// Adds one to a peer's eventfd.
-    pub(crate) fn signal(&mut self, signal: Signal, file: Arc<File>) -> Result<(), EngineError> {
+    pub(crate) fn signal(&mut self, signal: Signal, file: Arc<OwnedFd>) -> Result<(), EngineError> {
         let (signalled, tag) = match signal {
             Signal::Call => (&mut self.call, TAG_CALL),
             Signal::Error => (&mut self.error, TAG_ERROR),

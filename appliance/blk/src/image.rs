@@ -4,7 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{AtFlags, FlockOperation, OFlags, StatxFlags};
@@ -96,7 +96,12 @@ impl Alignment {
 #[derive(Debug)]
 pub(crate) struct Image {
     file: File,
+    path: PathBuf,
+    /// As it was at the start; the capacity of now is in `capacity_sectors`.
     shape: DiskShape,
+    /// May change at any time, under requests in flight too; those were checked against what it was before.
+    capacity_sectors: AtomicU64,
+    block_device: bool,
     direct: bool,
     alignment: Alignment,
     /// Present where a request can be smaller than the smallest write to the storage.
@@ -121,17 +126,9 @@ impl Image {
         }
         let examined = examine(&file, kind.is_block_device(), direct, io_alignment);
         let facts = examined.map_err(|source| ImageError::Examine { path: path_buf(), source })?;
-        let capacity_sectors = facts.len / u64::from(facts.block_size) * u64::from(facts.block_size / SECTOR_SIZE);
+        let capacity_sectors = whole_blocks(facts.len, facts.block_size);
         if capacity_sectors == 0 {
             return Err(ImageError::TooSmall { path: path_buf(), len: facts.len, block_size: facts.block_size });
-        }
-        let unreachable_bytes = facts.len % u64::from(facts.block_size);
-        if unreachable_bytes != 0 {
-            tracing::warn!(
-                unreachable_bytes,
-                block_size = facts.block_size,
-                "image ends within a block; the rest stays out of reach"
-            );
         }
         let shape = DiskShape {
             capacity_sectors,
@@ -142,15 +139,48 @@ impl Image {
         let alignment = facts.alignment;
         tracing::info!(?shape, direct, ?alignment, path = %path.display(), "image is open");
         let gate = (alignment.offset > SECTOR_SIZE).then(WriteGate::default);
-        Ok(Self { file, shape, direct, alignment, gate, cache_lost_data: AtomicBool::new(false) })
+        Ok(Self {
+            file,
+            path: path_buf(),
+            shape,
+            capacity_sectors: AtomicU64::new(capacity_sectors),
+            block_device: kind.is_block_device(),
+            direct,
+            alignment,
+            gate,
+            cache_lost_data: AtomicBool::new(false),
+        })
+    }
+
+    /// Looks how long the image is now. True if its capacity has changed, which the driver has to be told then; requests
+    /// are checked against the new one from now on.
+    pub(crate) fn look_again(&self) -> Result<bool, ImageError> {
+        let len = length(&self.file).map_err(|source| ImageError::Examine { path: self.path.clone(), source })?;
+        let now = whole_blocks(len, self.shape.block_size);
+        let before = self.capacity_sectors.swap(now, Ordering::Relaxed);
+        if now != before {
+            tracing::info!(before, now, path = %self.path.display(), "capacity has changed, in sectors");
+        }
+        Ok(now != before)
     }
 
     pub(crate) fn file(&self) -> &File {
         &self.file
     }
 
-    pub(crate) fn shape(&self) -> &DiskShape {
-        &self.shape
+    /// With the capacity of this moment.
+    pub(crate) fn shape(&self) -> DiskShape {
+        DiskShape { capacity_sectors: self.capacity_sectors(), ..self.shape }
+    }
+
+    /// Capacity of this moment in units of [`SECTOR_SIZE`].
+    pub(crate) fn capacity_sectors(&self) -> u64 {
+        self.capacity_sectors.load(Ordering::Relaxed)
+    }
+
+    /// The kernel tells when a block device changes its size, and not when a file does.
+    pub(crate) fn is_block_device(&self) -> bool {
+        self.block_device
     }
 
     /// I/O bypasses the page cache.
@@ -211,6 +241,20 @@ fn lock(file: &File, read_only: bool) -> bool {
     true
 }
 
+/// Seeking finds the length of a block device too. Nothing else here depends on the position.
+fn length(mut file: &File) -> io::Result<u64> {
+    file.seek(SeekFrom::End(0))
+}
+
+/// Sectors in the whole blocks of an image.
+fn whole_blocks(len: u64, block_size: u32) -> u64 {
+    let unreachable_bytes = len % u64::from(block_size);
+    if unreachable_bytes != 0 {
+        tracing::warn!(unreachable_bytes, block_size, "image ends within a block; the rest stays out of reach");
+    }
+    len / u64::from(block_size) * u64::from(block_size / SECTOR_SIZE)
+}
+
 struct Facts {
     len: u64,
     block_size: u32,
@@ -219,9 +263,7 @@ struct Facts {
 }
 
 fn examine(file: &File, block_device: bool, direct: bool, io_alignment: Option<u32>) -> io::Result<Facts> {
-    // Seeking finds the length of a block device too.
-    let mut cursor = file;
-    let len = cursor.seek(SeekFrom::End(0))?;
+    let len = length(file)?;
     let (block_size, physical_block_size) = if block_device {
         (rustix::fs::ioctl_blksszget(file)?, rustix::fs::ioctl_blkpbszget(file)?)
     } else {
@@ -275,6 +317,19 @@ mod tests {
         let image = Image::open(file.path(), false, None).unwrap();
         assert_eq!(image.shape().capacity_sectors, 10);
         assert_eq!(image.shape().block_size, 512);
+    }
+
+    #[test]
+    fn another_look_finds_another_size() {
+        let file = file_of(10 * 512);
+        let image = Image::open(file.path(), false, None).unwrap();
+        assert!(!image.look_again().unwrap());
+        for (len, capacity_sectors) in [(20 * 512 + 511, 20), (3 * 512, 3), (100, 0), (1 << 30, 1 << 21)] {
+            file.as_file().set_len(len).unwrap();
+            assert!(image.look_again().unwrap());
+            assert_eq!(image.shape().capacity_sectors, capacity_sectors);
+            assert!(!image.look_again().unwrap());
+        }
     }
 
     #[test]

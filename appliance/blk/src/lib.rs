@@ -8,16 +8,16 @@
 //! a time.
 //!
 //! # Map
-//! - pure: `config_space`, `chain`, `request`, `driver_data`, `bounce`
+//! - pure: `config_space`, `request`, `driver_data`, `bounce`
 //! - unsafe: `engine` (io_uring, with `transfer`), `descriptors`, `signals`, `lost_memory`
-//! - one queue: `vring` (start and stop), `ring` (the split ring), `worker` (its thread), `execution` (its requests)
+//! - one queue: `worker` (its thread), `execution` (its requests)
 //! - the device: `device`, `image`, `write_gate`, `counters`
-//! - the program: `cli`, `daemon`, `listener`, `backend` (one connection)
+//! - the program: `cli`, `daemon`, `listener`
+//!
+//! Messages, rings and what keeps requests from being lost are those of `vvu-back-end`.
 
 mod aligned_buffer;
-mod backend;
 mod bounce;
-mod chain;
 pub mod cli;
 mod config_space;
 mod counters;
@@ -29,19 +29,14 @@ mod engine;
 mod execution;
 mod image;
 mod listener;
-mod log_limit;
 mod lost_memory;
 mod request;
-mod ring;
 mod signals;
 mod transfer;
-mod vring;
-mod wakeup;
 mod worker;
 mod write_gate;
 
 pub use image::ImageError;
 pub use listener::{Endpoint, ListenerError};
 
-/// Memory of the driver VM. Without a dirty bitmap: migration of the driver VM is not offered.
-type DriverMemory = vm_memory::GuestMemoryMmap<()>;
+use vvu_back_end::Memory as DriverMemory;

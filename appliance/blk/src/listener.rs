@@ -1,4 +1,4 @@
-//! The socket that front-ends connect to.
+//! Where front-ends come from: a socket that they connect to, or a connection that was inherited.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, RawFd};
@@ -13,7 +13,8 @@ use crate::descriptors::inherit;
 pub enum Endpoint {
     /// A socket that is created at this path, and removed at the end.
     Path(PathBuf),
-    /// A listening socket that the parent process left open under this number.
+    /// A socket that the parent process left open under this number: a listening one, or one that is connected to the only
+    /// front-end to be served.
     Descriptor(RawFd),
 }
 
@@ -48,15 +49,74 @@ pub enum ListenerError {
         /// Cause.
         source: io::Error,
     },
-    /// The descriptor of `--fd` is no listening socket.
-    #[error("descriptor {number} is not a listening unix socket; pass one on which listen(2) was called")]
-    NotListening {
+    /// The descriptor of `--fd` is no socket that a front-end can come from.
+    #[error(
+        "descriptor {number} is neither a listening nor a connected unix socket; pass one on which listen(2) was called, \
+         or one of a connected pair"
+    )]
+    NoSocketOfUse {
         /// The number.
         number: RawFd,
     },
 }
 
 /// See the module's text.
+#[derive(Debug)]
+pub(crate) enum FrontEnds {
+    /// One after the other.
+    Listening(Listener),
+    /// This one only.
+    Connected(UnixStream),
+    /// The one is gone.
+    NoMore,
+}
+
+impl FrontEnds {
+    pub(crate) fn new(endpoint: &Endpoint) -> Result<Self, ListenerError> {
+        match endpoint {
+            Endpoint::Path(path) => Listener::bind(path).map(Self::Listening),
+            Endpoint::Descriptor(number) => Self::adopt(*number),
+        }
+    }
+
+    fn adopt(number: RawFd) -> Result<Self, ListenerError> {
+        let descriptor = inherit(number).map_err(|source| ListenerError::Descriptor { number, source })?;
+        let unix = rustix::net::sockopt::socket_domain(&descriptor) == Ok(rustix::net::AddressFamily::UNIX);
+        let stream = rustix::net::sockopt::socket_type(&descriptor) == Ok(rustix::net::SocketType::STREAM);
+        if !(unix && stream) {
+            return Err(ListenerError::NoSocketOfUse { number });
+        }
+        if rustix::net::sockopt::socket_acceptconn(&descriptor).unwrap_or(false) {
+            return Ok(Self::Listening(Listener { socket: UnixListener::from(descriptor), path: None }));
+        }
+        if rustix::net::getpeername(&descriptor).is_err() {
+            return Err(ListenerError::NoSocketOfUse { number });
+        }
+        Ok(Self::Connected(UnixStream::from(descriptor)))
+    }
+
+    /// What becomes readable when [`FrontEnds::next`] has a front-end. None if there will be no more.
+    pub(crate) fn waiting(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::Listening(listener) => Some(listener.socket.as_fd()),
+            Self::Connected(stream) => Some(stream.as_fd()),
+            Self::NoMore => None,
+        }
+    }
+
+    /// The next front-end; waits for it.
+    pub(crate) fn next(&mut self) -> io::Result<UnixStream> {
+        if let Self::Listening(listener) = self {
+            return listener.socket.accept().map(|(stream, _)| stream);
+        }
+        match std::mem::replace(self, Self::NoMore) {
+            Self::Connected(stream) => Ok(stream),
+            _ => Err(io::ErrorKind::NotConnected.into()),
+        }
+    }
+}
+
+/// A listening socket.
 #[derive(Debug)]
 pub(crate) struct Listener {
     socket: UnixListener,
@@ -65,13 +125,6 @@ pub(crate) struct Listener {
 }
 
 impl Listener {
-    pub(crate) fn new(endpoint: &Endpoint) -> Result<Self, ListenerError> {
-        match endpoint {
-            Endpoint::Path(path) => Self::bind(path),
-            Endpoint::Descriptor(number) => Self::adopt(*number),
-        }
-    }
-
     fn bind(path: &Path) -> Result<Self, ListenerError> {
         let failure = |source| ListenerError::Bind { path: path.to_owned(), source };
         match std::fs::symlink_metadata(path) {
@@ -90,27 +143,6 @@ impl Listener {
         }
         let socket = UnixListener::bind(path).map_err(failure)?;
         Ok(Self { socket, path: Some(path.to_owned()) })
-    }
-
-    fn adopt(number: RawFd) -> Result<Self, ListenerError> {
-        let descriptor = inherit(number).map_err(|source| ListenerError::Descriptor { number, source })?;
-        let listening = rustix::net::sockopt::socket_acceptconn(&descriptor).unwrap_or(false);
-        let unix = rustix::net::sockopt::socket_domain(&descriptor) == Ok(rustix::net::AddressFamily::UNIX);
-        if !(listening && unix) {
-            return Err(ListenerError::NotListening { number });
-        }
-        Ok(Self { socket: UnixListener::from(descriptor), path: None })
-    }
-
-    /// The socket in the form that takes the next connection.
-    pub(crate) fn acceptor(&self) -> io::Result<vhost::vhost_user::Listener> {
-        Ok(self.socket.try_clone()?.into())
-    }
-}
-
-impl AsFd for Listener {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
     }
 }
 
@@ -132,7 +164,7 @@ mod tests {
     fn a_stale_socket_is_replaced_a_live_one_and_a_file_are_not() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
-        let bind = || Listener::new(&Endpoint::Path(path.clone()));
+        let bind = || Listener::bind(&path);
         let live = bind().unwrap();
         assert!(matches!(bind(), Err(ListenerError::InUse { .. })));
         drop(live);

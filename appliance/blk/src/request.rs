@@ -2,7 +2,7 @@
 //!
 //! How a request is spread over descriptors is the driver's choice (section 2.7.4.1): the header is the first 16 readable
 //! bytes and the status the last writable byte, wherever descriptors begin and end. Two kinds of wrong requests exist. A
-//! chain in which header, status or data cannot be told apart breaks the device ([`ChainError`]); one that asks for what
+//! chain in which header, status or data cannot be told apart breaks the device ([`RequestError`]); one that asks for what
 //! the disk cannot do is answered with a [`Status`].
 
 use virtio_bindings::bindings::virtio_blk::{
@@ -10,9 +10,9 @@ use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
     VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemory};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryError};
+use vvu_back_end::{Chain, Segment, total_len};
 
-use crate::chain::{Chain, ChainError, Segment, total_len};
 use crate::config_space::{
     MAX_DISCARD_SECTORS, MAX_RANGES, MAX_REQUEST_BYTES, MAX_WRITE_ZEROES_SECTORS, SECTOR_SIZE, feature,
 };
@@ -25,6 +25,19 @@ const RANGE_LEN: usize = 16;
 
 /// `unmap` in the flags of a range.
 const RANGE_FLAG_UNMAP: u32 = 1;
+
+/// Why a chain is no request.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RequestError {
+    #[error("device-readable part has {len} bytes, a request header has 16")]
+    HeaderTooShort { len: u64 },
+    #[error("no device-writable byte for the status")]
+    NoStatus,
+    #[error("data buffers have the wrong direction for request type {kind}")]
+    WrongDirection { kind: u32 },
+    #[error("request cannot be read")]
+    Unreadable { source: GuestMemoryError },
+}
 
 /// Status byte of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,14 +101,14 @@ impl Request {
     /// Takes header and status off `chain`; what remains is the data, moved into `data`.
     ///
     /// # Errors
-    /// [`ChainError`] if the chain holds no request.
+    /// [`RequestError`] if the chain holds no request.
     pub(crate) fn parse<M: GuestMemory>(
         memory: &M,
         chain: &mut Chain,
         data: &mut Vec<Segment>,
-    ) -> Result<Self, ChainError> {
+    ) -> Result<Self, RequestError> {
         let writable_len = u32::try_from(total_len(&chain.writable)).unwrap_or(u32::MAX);
-        let status = take_last_byte(&mut chain.writable).ok_or(ChainError::NoStatus)?;
+        let status = take_last_byte(&mut chain.writable).ok_or(RequestError::NoStatus)?;
         let header = take_header(memory, &mut chain.readable)?;
         let (kind_bytes, rest) = header.split_at(4);
         let kind = le_u32(kind_bytes);
@@ -114,7 +127,7 @@ impl Request {
             }
         };
         if !unused.is_empty() {
-            return Err(ChainError::WrongDirection { kind });
+            return Err(RequestError::WrongDirection { kind });
         }
         std::mem::swap(used, data);
         Ok(request)
@@ -248,14 +261,14 @@ fn take_last_byte(segments: &mut Vec<Segment>) -> Option<GuestAddress> {
 }
 
 /// Copies the first 16 bytes of `segments` and takes them off.
-fn take_header<M: GuestMemory>(memory: &M, segments: &mut Vec<Segment>) -> Result<[u8; HEADER_LEN], ChainError> {
+fn take_header<M: GuestMemory>(memory: &M, segments: &mut Vec<Segment>) -> Result<[u8; HEADER_LEN], RequestError> {
     let mut header = [0; HEADER_LEN];
     let mut missing: &mut [u8] = &mut header;
     let mut emptied = 0;
     for segment in segments.iter_mut() {
         let take = missing.len().min(segment.len as usize);
         let (now, later) = missing.split_at_mut(take);
-        memory.read_slice(now, segment.address).map_err(|source| ChainError::Unreadable { source })?;
+        memory.read_slice(now, segment.address).map_err(|source| RequestError::Unreadable { source })?;
         missing = later;
         segment.address = segment.address.unchecked_add(take as u64);
         segment.len = segment.len.saturating_sub(u32::try_from(take).unwrap_or(u32::MAX));
@@ -265,7 +278,7 @@ fn take_header<M: GuestMemory>(memory: &M, segments: &mut Vec<Segment>) -> Resul
         }
     }
     if !missing.is_empty() {
-        return Err(ChainError::HeaderTooShort { len: (HEADER_LEN - missing.len()) as u64 });
+        return Err(RequestError::HeaderTooShort { len: (HEADER_LEN - missing.len()) as u64 });
     }
     segments.drain(..emptied);
     Ok(header)

@@ -13,6 +13,8 @@ pub(crate) enum Wish {
     End,
     /// SIGUSR1: write the counters to the log.
     Report,
+    /// SIGHUP: look at the image again, its size may have changed.
+    LookAgain,
 }
 
 /// See the module's text.
@@ -29,7 +31,7 @@ impl Signals {
         // SAFETY: sigemptyset initialises the set that the other two get; signal and sigaddset take valid numbers.
         let set = unsafe {
             libc::sigemptyset(set.as_mut_ptr());
-            for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGUSR1] {
+            for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGUSR1, libc::SIGHUP] {
                 libc::sigaddset(set.as_mut_ptr(), signal);
             }
             libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
@@ -54,7 +56,11 @@ impl Signals {
         rustix::io::read(&self.signalfd, &mut info).ok()?;
         // ssi_signo, the first field.
         let number = info.first_chunk().map(|bytes| i32::from_ne_bytes(*bytes))?;
-        Some(if number == libc::SIGUSR1 { Wish::Report } else { Wish::End })
+        Some(match number {
+            libc::SIGUSR1 => Wish::Report,
+            libc::SIGHUP => Wish::LookAgain,
+            _ => Wish::End,
+        })
     }
 }
 

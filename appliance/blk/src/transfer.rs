@@ -5,10 +5,10 @@
 use std::sync::Arc;
 
 use vm_memory::{GuestMemory, GuestMemoryError, Permissions};
+use vvu_back_end::Segment;
 
 use crate::DriverMemory;
 use crate::aligned_buffer::AlignedBuffer;
-use crate::chain::Segment;
 use crate::image::Alignment;
 
 /// Most pieces of memory in one transfer; readv(2) takes 1024. More than seg_max, because a segment that spans memory

@@ -4,28 +4,27 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::DriverMemory;
-use crate::chain::{Chain, Segment};
+use vvu_back_end::{Chain, Ring, RingError, Segment, Service};
+
+use crate::config_space::SEG_MAX;
 use crate::counters::QueueCounters;
-use crate::device::Device;
+use crate::device::{Device, MAX_QUEUE_SIZE};
 use crate::engine::{Completion, EngineError, Signal, Watch};
 use crate::execution::Executor;
 use crate::lost_memory;
-use crate::request::Request;
-use crate::ring::{MAX_QUEUE_SIZE, Ring, RingError};
-use crate::vring::{QueueVring, Service};
-use vm_memory::GuestAddressSpace;
+use crate::request::{Request, RequestError};
 
-/// Serves a ring until it is stopped. Returns at once if it is not to be served.
-pub(crate) fn serve(device: &Device, queue_index: usize, vring: &QueueVring) {
-    let Some(service) = vring.begin() else { return };
-    let Some(counters) = device.counters.queue(queue_index) else { return };
+/// Longest indirect chain when the queue itself is smaller: header, segments and status.
+const MAX_INDIRECT_CHAIN: u16 = SEG_MAX + 2;
+
+/// Serves a ring until it is stopped.
+pub(crate) fn serve(device: &Device, service: &Service<'_>) {
+    let queue_index = service.index();
+    let Some(counters) = device.counters.queue(usize::from(queue_index)) else { return };
     counters.starts.add(1);
-    let parameters = service.parameters;
-    tracing::debug!(queue_index, ?parameters, "ring starts");
-    let features = device.features();
-    let slots = parameters.size.min(MAX_QUEUE_SIZE);
-    let executor = match Executor::new(device, counters, slots, features, vring.wakeup()) {
+    tracing::debug!(queue_index, size = service.size(), features = ?service.features(), "ring starts");
+    let slots = service.size().min(MAX_QUEUE_SIZE);
+    let executor = match Executor::new(device, counters, slots, service.features().bits(), service.wakeup()) {
         Ok(executor) => executor,
         Err(error) => {
             tracing::error!(queue_index, error = error_chain(&error), "queue cannot be served");
@@ -35,37 +34,47 @@ pub(crate) fn serve(device: &Device, queue_index: usize, vring: &QueueVring) {
     let mut worker = Worker {
         device,
         counters,
-        queue_index,
-        vring,
-        service: &service,
+        service,
         ring: None,
         executor,
-        chain: Chain::default(),
+        chain: Chain::new(MAX_INDIRECT_CHAIN),
         data: Vec::new(),
+        pauses: false,
     };
-    let outcome = worker.run(features);
-    let (next_avail, next_used) =
-        worker.ring.map_or((parameters.next_avail, parameters.next_used), |ring| (ring.next_avail(), ring.next_used()));
+    let outcome = worker.run();
+    if let Some(ring) = &worker.ring {
+        tracing::debug!(queue_index, next_avail = ring.next_avail(), "ring stops");
+        service.save_position(ring);
+    }
     // Ends what the kernel still has, before the control thread may unmap memory.
-    drop(worker.executor);
+    drop(worker);
     if let Err(error) = outcome {
         tracing::error!(queue_index, error = error_chain(&error), "queue failed");
     }
-    tracing::debug!(queue_index, next_avail, next_used, "ring stops");
-    service.save_position(next_avail, next_used);
+}
+
+/// Why a ring breaks.
+#[derive(Debug, thiserror::Error)]
+enum Fault {
+    #[error(transparent)]
+    Ring(#[from] RingError),
+    #[error("chain of head {head}")]
+    Request { head: u16, source: RequestError },
+    #[error("driver memory was taken away under the device")]
+    MemoryLost,
 }
 
 struct Worker<'a> {
     device: &'a Device,
     counters: &'a QueueCounters,
-    queue_index: usize,
-    vring: &'a QueueVring,
     service: &'a Service<'a>,
-    /// None while parameters are wrong; see `broken`.
+    /// None until it could be opened.
     ring: Option<Ring>,
     executor: Executor<'a>,
     chain: Chain,
     data: Vec<Segment>,
+    /// Something of the ring or of its next request has to be waited for.
+    pauses: bool,
 }
 
 /// Whether the ring is looked at.
@@ -75,34 +84,29 @@ enum Intake {
     Waiting,
     /// There may be heads to take right now.
     Ready,
+    /// After the next wakeup: the front-end has to give something first.
+    Paused,
     /// The driver broke the ring; only a restart helps.
     Broken,
 }
 
 impl Worker<'_> {
-    fn run(&mut self, features: u64) -> Result<(), EngineError> {
-        self.executor.engine.watch(Watch::Kick, self.service.kick.clone())?;
-        self.executor.engine.watch(Watch::Wakeup, self.vring.wakeup().clone())?;
-        let memory = self.vring.memory().memory();
+    fn run(&mut self) -> Result<(), EngineError> {
+        self.executor.engine.watch(Watch::Kick, self.service.kick().clone())?;
+        self.executor.engine.watch(Watch::Wakeup, self.service.wakeup().clone())?;
         // Heads may have been made available before the ring started, and their kick may be gone.
-        let mut intake = match Ring::new(&self.service.parameters, features, &memory) {
-            Ok(ring) => {
-                self.ring = Some(ring);
-                Intake::Ready
-            }
-            Err(error) => self.break_ring(&error)?,
-        };
-        drop(memory);
+        let mut intake = Intake::Ready;
         loop {
             let stopping = self.service.should_stop();
             if lost_memory::happened() && intake != Intake::Broken {
-                intake = self.break_ring(&RingError::MemoryLost)?;
+                intake = self.break_ring(&Fault::MemoryLost)?;
             }
-            intake = self.return_requests(intake)?;
+            intake = self.place_ring(intake)?;
+            intake = self.return_requests(intake, stopping)?;
             if intake == Intake::Ready && !stopping {
                 intake = self.take_requests()?;
                 // Some are finished without any I/O.
-                intake = self.return_requests(intake)?;
+                intake = self.return_requests(intake, stopping)?;
             }
             if stopping && self.executor.in_flight() == 0 {
                 return self.executor.engine.close();
@@ -113,6 +117,18 @@ impl Worker<'_> {
             self.executor.engine.wait()?;
             intake = self.handle_completions(intake)?;
         }
+    }
+
+    /// Opens the ring if that is to be done, and lets it follow what has changed around it.
+    fn place_ring(&mut self, intake: Intake) -> Result<Intake, EngineError> {
+        let outcome = match (&mut self.ring, intake) {
+            // What is in flight is returned if it can be.
+            (Some(ring), Intake::Broken) => ring.place().or(Ok(())),
+            (Some(ring), _) => ring.place(),
+            (None, Intake::Ready) => self.service.open_ring().map(|ring| self.ring = Some(ring)),
+            (None, _) => Ok(()),
+        };
+        outcome.map_or_else(|error| self.pause_or_break(error), |()| Ok(intake))
     }
 
     fn handle_completions(&mut self, mut intake: Intake) -> Result<Intake, EngineError> {
@@ -127,9 +143,14 @@ impl Worker<'_> {
                         intake = Intake::Ready;
                     }
                 }
-                Completion::Event(Watch::Wakeup) => self.follow_changes()?,
+                Completion::Event(Watch::Wakeup) => {
+                    self.follow_changes()?;
+                    if intake == Intake::Paused {
+                        intake = Intake::Ready;
+                    }
+                }
                 Completion::WatchFailed(watch, error) => {
-                    tracing::warn!(queue_index = self.queue_index, ?watch, %error, "event cannot be watched");
+                    tracing::warn!(queue_index = self.service.index(), ?watch, %error, "event cannot be watched");
                 }
             }
         }
@@ -138,7 +159,7 @@ impl Worker<'_> {
     }
 
     fn follow_changes(&mut self) -> Result<(), EngineError> {
-        let changes = self.service.take_changes();
+        let changes = self.service.update(self.ring.as_mut());
         if let Some(kick) = changes.kick {
             self.executor.engine.watch(Watch::Kick, kick)?;
         }
@@ -150,64 +171,72 @@ impl Worker<'_> {
 
     /// Takes what is available now; at most a ring full, so that completions get their turn.
     fn take_requests(&mut self) -> Result<Intake, EngineError> {
-        let memory = self.vring.memory().memory().into_inner();
-        let Some(ring) = &mut self.ring else { return Ok(Intake::Broken) };
-        let count = match ring.available(&memory) {
+        let Some(ring) = &mut self.ring else { return Ok(Intake::Paused) };
+        let count = match ring.available() {
             Ok(count) => count,
-            Err(error) => return self.break_ring(&error),
+            Err(error) => return self.pause_or_break(error),
         };
         for _ in 0..count {
-            if let Err(error) = self.take_request(&memory)? {
-                return self.break_ring(&error);
+            match self.take_request()? {
+                Ok(()) => {}
+                Err(Fault::Ring(error)) => return self.pause_or_break(error),
+                Err(fault) => return self.break_ring(&fault),
             }
         }
-        match self.ring.as_mut().map(|ring| ring.listen(&memory)) {
+        if std::mem::take(&mut self.pauses) {
+            self.service.resume();
+        }
+        match self.ring.as_mut().map(Ring::listen) {
             Some(Ok(true)) => Ok(Intake::Ready),
-            Some(Ok(false)) => Ok(Intake::Waiting),
-            Some(Err(error)) => self.break_ring(&error),
-            None => Ok(Intake::Broken),
+            Some(Ok(false)) | None => Ok(Intake::Waiting),
+            Some(Err(error)) => self.pause_or_break(error),
         }
     }
 
-    fn take_request(&mut self, memory: &Arc<DriverMemory>) -> Result<Result<(), RingError>, EngineError> {
+    fn take_request(&mut self) -> Result<Result<(), Fault>, EngineError> {
         let Some(ring) = &mut self.ring else { return Ok(Ok(())) };
-        let head = match ring.take(memory) {
+        let head = match ring.peek() {
             Ok(head) => head,
-            Err(error) => return Ok(Err(error)),
+            Err(error) => return Ok(Err(error.into())),
         };
-        if self.executor.is_in_flight(head) {
-            return Ok(Err(RingError::DuplicateHead { head }));
+        if let Err(error) = ring.walk(head, &mut self.chain) {
+            return Ok(Err(error.into()));
         }
-        let parsed = self
-            .chain
-            .walk(memory.as_ref(), ring.table(), head)
-            .and_then(|()| Request::parse(memory.as_ref(), &mut self.chain, &mut self.data));
-        match parsed {
-            Ok(request) => self.executor.start(head, request, memory, &mut self.data).map(Ok),
-            Err(source) => Ok(Err(RingError::Chain { head, source })),
+        let memory = ring.view().memory();
+        match Request::parse(memory.as_ref(), &mut self.chain, &mut self.data) {
+            Ok(request) => {
+                let memory = Arc::clone(memory);
+                ring.take(head);
+                self.executor.start(head, request, &memory, &mut self.data).map(Ok)
+            }
+            Err(source) => Ok(Err(Fault::Request { head, source })),
         }
     }
 
     /// Puts what is finished into the used ring, and notifies the driver if it wants to be.
-    fn return_requests(&mut self, intake: Intake) -> Result<Intake, EngineError> {
-        let memory = self.vring.memory().memory();
-        let mut returned = false;
+    fn return_requests(&mut self, intake: Intake, stopping: bool) -> Result<Intake, EngineError> {
+        let Some(ring) = &mut self.ring else { return Ok(intake) };
+        if !ring.is_placed() && !stopping && intake != Intake::Broken {
+            // Until the ring has a place again.
+            return Ok(intake);
+        }
         let mut outcome = Ok(());
         while let Some(finished) = self.executor.take_finished() {
-            if let (Some(ring), Ok(())) = (&mut self.ring, &outcome) {
-                outcome = ring.put_used(&memory, finished.head, finished.written_len);
-                returned = true;
+            if outcome.is_ok() && ring.is_placed() {
+                let data = if finished.writes_data { self.executor.data(finished.head) } else { &[] };
+                data.iter().for_each(|segment| ring.view().mark_written(*segment));
+                ring.view().mark_written(finished.status);
+                outcome = ring.put_used(finished.head, finished.written_len);
             }
         }
-        let wants_signal = match (&mut self.ring, outcome) {
-            (Some(ring), Ok(())) if returned => ring.wants_signal(&memory),
-            (_, outcome) => outcome.map(|()| false),
-        };
-        match wants_signal {
+        if !ring.is_placed() {
+            return Ok(intake);
+        }
+        match outcome.and_then(|()| ring.publish()) {
             Ok(true) => self.signal_driver().map(|()| intake),
             Ok(false) => Ok(intake),
             Err(_) if intake == Intake::Broken => Ok(intake),
-            Err(error) => self.break_ring(&error),
+            Err(error) => self.pause_or_break(error),
         }
     }
 
@@ -217,12 +246,28 @@ impl Worker<'_> {
         self.executor.engine.signal(Signal::Call, call)
     }
 
+    /// The ring waits, if it is for the front-end to give something; else it is broken.
+    fn pause_or_break(&mut self, error: RingError) -> Result<Intake, EngineError> {
+        let outcome = match error.pause() {
+            Some(pause) => self.service.pause(pause),
+            None => Err(error),
+        };
+        match outcome {
+            Ok(()) => {
+                self.pauses = true;
+                Ok(Intake::Paused)
+            }
+            Err(error) => self.break_ring(&error.into()),
+        }
+    }
+
     /// The driver broke the rules: nothing more is taken until the ring is started anew (virtio 1.3, section 2.1.2). The
     /// front-end learns it by the err event; vhost-user has no message for it.
-    fn break_ring(&mut self, error: &RingError) -> Result<Intake, EngineError> {
+    fn break_ring(&mut self, fault: &Fault) -> Result<Intake, EngineError> {
         self.counters.broken.add(1);
         if let Some(suppressed) = self.device.peer_log.admit(Instant::now()) {
-            tracing::error!(queue_index = self.queue_index, error = error_chain(error), suppressed, "ring is broken");
+            let queue_index = self.service.index();
+            tracing::error!(queue_index, error = error_chain(fault), suppressed, "ring is broken");
         }
         if let Some(event) = self.service.error() {
             self.executor.engine.signal(Signal::Error, event)?;
@@ -232,7 +277,7 @@ impl Worker<'_> {
 }
 
 /// An error and its causes in one line.
-fn error_chain(error: &dyn std::error::Error) -> String {
+pub(crate) fn error_chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

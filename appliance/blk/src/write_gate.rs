@@ -8,7 +8,7 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::wakeup::Wakeup;
+use vvu_back_end::wakeup::Wakeup;
 
 /// How a write enters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -21,19 +21,19 @@ use std::time::Instant;
 
 use libc::{FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE};
 use vm_memory::{Bytes, GuestAddress};
+use vvu_back_end::wakeup::Wakeup;
+use vvu_back_end::{Segment, total_len};
 
 use self::ranges::is_unsupported;
 use self::slot::{Needs, Slot, Stage};
 use crate::DriverMemory;
 use crate::bounce::BufferPool;
-use crate::chain::{Segment, total_len};
 use crate::counters::QueueCounters;
 use crate::device::Device;
 use crate::driver_data::copy_to_driver;
 use crate::engine::{Engine, EngineError};
 use crate::request::{ByteRange, DiskRules, Plan, Request, RequestKind, Status};
 use crate::transfer::{Direction, MapError};
-use crate::wakeup::Wakeup;
 use crate::write_gate::Passage;
 
 /// A request that is done, for the used ring.
@@ -41,6 +41,10 @@ use crate::write_gate::Passage;
 pub(crate) struct Finished {
     pub(crate) head: u16,
     pub(crate) written_len: u32,
+    /// Where the status was written.
+    pub(crate) status: Segment,
+    /// The data was written, too ([`Executor::data`]), wholly or in part.
+    pub(crate) writes_data: bool,
 }
 
 /// See the module's text.
@@ -87,16 +91,16 @@ impl<'a> Executor<'a> {
         self.in_flight
     }
 
-    /// The request of this head is not finished.
-    pub(crate) fn is_in_flight(&self, head: u16) -> bool {
-        self.slots.get(usize::from(head)).is_some_and(|slot| slot.request.is_some())
-    }
-
     /// Takes one request that is done. Its head may be used again.
     pub(crate) fn take_finished(&mut self) -> Option<Finished> {
         let finished = self.finished.pop()?;
         self.in_flight = self.in_flight.saturating_sub(1);
         Some(finished)
+    }
+
+    /// Data of the request of this head that was taken last.
+    pub(crate) fn data(&self, head: u16) -> &[Segment] {
+        self.slots.get(usize::from(head)).map_or(&[], |slot| &slot.data)
     }
 
     /// Starts a request. `data` is exchanged for an empty vector. The head must not be in flight.
@@ -344,7 +348,12 @@ impl<'a> Executor<'a> {
         let (Some(request), Some(memory)) = (slot.request.take(), slot.memory.take()) else { return Ok(()) };
         write_status(&memory, request.status, status);
         self.count_request(request.kind, status);
-        self.finished.push(Finished { head, written_len: request.writable_len });
+        self.finished.push(Finished {
+            head,
+            written_len: request.writable_len,
+            status: Segment { address: request.status, len: 1 },
+            writes_data: matches!(request.kind, RequestKind::Read | RequestKind::GetId),
+        });
         Ok(())
     }
 

@@ -3,10 +3,10 @@
 use std::io;
 
 use libc::{FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE};
+use vvu_back_end::total_len;
 
 use super::slot::Stage;
 use super::{Executor, is_aligned};
-use crate::chain::total_len;
 use crate::driver_data::copy_from_driver;
 use crate::engine::EngineError;
 use crate::request::{ByteRange, RequestKind, Status};

@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
+use vvu_back_end::Segment;
+
 use crate::DriverMemory;
 use crate::aligned_buffer::AlignedBuffer;
 use crate::bounce::Window;
-use crate::chain::Segment;
 use crate::request::{ByteRange, Request, RequestKind};
 use crate::transfer::Direction;
 use crate::write_gate::Passage;

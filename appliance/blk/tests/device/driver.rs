@@ -1,6 +1,7 @@
 //! A front-end and a virtio-blk driver, as small as they can be and with every knob that a test needs.
 
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -19,7 +20,16 @@ pub(crate) const INDIRECT: u64 = 1 << 28;
 pub(crate) const FLUSH: u64 = 1 << 9;
 pub(crate) const CONFIG_WCE: u64 = 1 << 11;
 pub(crate) const READ_ONLY: u64 = 1 << 5;
+pub(crate) const LOG_ALL: u64 = 1 << 26;
+pub(crate) const ACCESS_PLATFORM: u64 = 1 << 33;
 const PROTOCOL_FEATURES: u64 = 1 << 30;
+
+/// What migration and IOMMU need; the tests of these ask for it by name.
+pub(crate) const SPECIAL_FEATURES: u64 = LOG_ALL | ACCESS_PLATFORM;
+
+/// Protocol features of every front-end here.
+const PROTOCOL: VhostUserProtocolFeatures =
+    VhostUserProtocolFeatures::MQ.union(VhostUserProtocolFeatures::CONFIG).union(VhostUserProtocolFeatures::REPLY_ACK);
 
 pub(crate) const NEXT: u16 = 1;
 pub(crate) const WRITE: u16 = 2;
@@ -38,14 +48,17 @@ const SCRATCH: u64 = 0x40_0000;
 pub(crate) const DATA: u64 = 0x100_0000;
 
 /// Difference of the front-end's addresses to guest-physical ones: far, so that a missed translation fails.
-const USER_BASE: u64 = 0x7a00_0000_0000;
+pub(crate) const USER_BASE: u64 = 0x7a00_0000_0000;
 
 /// A connected front-end with memory.
 pub(crate) struct FrontEnd {
     pub(crate) frontend: Frontend,
+    /// The same connection, for messages that the `vhost` crate does not have.
+    pub(crate) stream: UnixStream,
     pub(crate) memory: GuestMemoryMmap<()>,
     pub(crate) features: u64,
-    regions: Vec<VhostUserMemoryRegionInfo>,
+    pub(crate) protocol: VhostUserProtocolFeatures,
+    pub(crate) regions: Vec<VhostUserMemoryRegionInfo>,
     files: Vec<std::fs::File>,
 }
 
@@ -57,39 +70,33 @@ impl FrontEnd {
 
     /// Connects and negotiates what `choose` leaves of the offered features.
     pub(crate) fn connect_with(socket: &Path, choose: impl Fn(u64) -> u64) -> Self {
-        let mut frontend = Frontend::connect(socket, 64).unwrap();
-        frontend.set_owner().unwrap();
-        let offered = frontend.get_features().unwrap();
-        assert_ne!(offered & PROTOCOL_FEATURES, 0);
-        let protocol = frontend.get_protocol_features().unwrap();
-        let wanted =
-            VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::REPLY_ACK;
-        assert!(protocol.contains(wanted), "{protocol:?}");
-        frontend.set_protocol_features(wanted).unwrap();
-        frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
-        let features = choose(offered) | PROTOCOL_FEATURES;
-        frontend.set_features(features).unwrap();
+        let choose = |offered| choose(offered & !SPECIAL_FEATURES);
+        Self::connect_for(socket, choose, VhostUserProtocolFeatures::empty())
+    }
 
+    /// The same with further protocol features, which have to be offered.
+    pub(crate) fn connect_for(socket: &Path, choose: impl Fn(u64) -> u64, protocol: VhostUserProtocolFeatures) -> Self {
         let mut files = Vec::new();
         let mut regions = Vec::new();
         let mut maps = Vec::new();
         for index in 0..2 {
             let file = memfd(REGION_LEN);
-            let start = index * REGION_LEN;
-            regions.push(VhostUserMemoryRegionInfo {
-                guest_phys_addr: start,
-                memory_size: REGION_LEN,
-                userspace_addr: USER_BASE + start,
-                mmap_offset: 0,
-                mmap_handle: file.as_raw_fd(),
-            });
-            let map = MmapRegion::from_file(FileOffset::new(file.try_clone().unwrap(), 0), REGION_LEN as usize);
-            maps.push(GuestRegionMmap::new(map.unwrap(), GuestAddress(start)).unwrap());
+            let region = region_of(&file, index * REGION_LEN, REGION_LEN, 0);
+            maps.push(map_region(&file, &region));
+            regions.push(region);
             files.push(file);
         }
-        frontend.set_mem_table(&regions).unwrap();
         let memory = GuestMemoryMmap::from_regions(maps).unwrap();
-        Self { frontend, memory, features, regions, files }
+        let protocol = PROTOCOL | protocol;
+        let (frontend, stream, features) = negotiate(socket, choose, protocol);
+        frontend.set_mem_table(&regions).unwrap();
+        Self { frontend, stream, memory, features, protocol, regions, files }
+    }
+
+    /// Connects anew, with the same features and the same memory. Memory is not announced yet.
+    pub(crate) fn reconnect(&mut self, socket: &Path) {
+        let features = self.features;
+        (self.frontend, self.stream, self.features) = negotiate(socket, |_| features, self.protocol);
     }
 
     /// Announces the same memory once more.
@@ -109,9 +116,15 @@ impl FrontEnd {
 
     /// Starts a queue of `size` entries with fresh rings.
     pub(crate) fn queue(&mut self, index: usize, size: u16) -> Queue {
+        let mut queue = self.idle_queue(index, size);
+        queue.start(self, 0);
+        queue
+    }
+
+    /// A queue with fresh rings that the device does not know yet.
+    pub(crate) fn idle_queue(&self, index: usize, size: u16) -> Queue {
         let mut queue = Queue::new(index, size, self.features);
         queue.clear(&self.memory);
-        queue.start(self, 0);
         queue
     }
 
@@ -124,6 +137,43 @@ impl FrontEnd {
         self.memory.read_slice(&mut bytes, GuestAddress(address)).unwrap();
         bytes
     }
+}
+
+fn negotiate(
+    socket: &Path,
+    choose: impl Fn(u64) -> u64,
+    protocol: VhostUserProtocolFeatures,
+) -> (Frontend, UnixStream, u64) {
+    let stream = UnixStream::connect(socket).unwrap();
+    let mut frontend = Frontend::from_stream(stream.try_clone().unwrap(), 64);
+    frontend.set_owner().unwrap();
+    let offered = frontend.get_features().unwrap();
+    assert_ne!(offered & PROTOCOL_FEATURES, 0);
+    let offered_protocol = frontend.get_protocol_features().unwrap();
+    assert!(offered_protocol.contains(protocol), "{offered_protocol:?}");
+    frontend.set_protocol_features(protocol).unwrap();
+    frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+    let features = choose(offered) | PROTOCOL_FEATURES;
+    frontend.set_features(features).unwrap();
+    (frontend, stream, features)
+}
+
+/// A region of driver memory at a guest-physical address.
+pub(crate) fn region_of(file: &std::fs::File, start: u64, len: u64, offset: u64) -> VhostUserMemoryRegionInfo {
+    VhostUserMemoryRegionInfo {
+        guest_phys_addr: start,
+        memory_size: len,
+        userspace_addr: USER_BASE + start,
+        mmap_offset: offset,
+        mmap_handle: file.as_raw_fd(),
+    }
+}
+
+/// The driver's own mapping of a region.
+pub(crate) fn map_region(file: &std::fs::File, region: &VhostUserMemoryRegionInfo) -> GuestRegionMmap<()> {
+    let place = FileOffset::new(file.try_clone().unwrap(), region.mmap_offset);
+    let map = MmapRegion::from_file(place, region.memory_size as usize).unwrap();
+    GuestRegionMmap::new(map, GuestAddress(region.guest_phys_addr)).unwrap()
 }
 
 pub(crate) fn memfd(len: u64) -> std::fs::File {
@@ -215,6 +265,10 @@ pub(crate) struct Queue {
     indirect: bool,
     /// Requests go into indirect tables.
     pub(crate) use_indirect: bool,
+    /// What the front-end adds to ring addresses: its own addresses, or none where an IOMMU translates.
+    pub(crate) address_base: u64,
+    /// Where writes to the used ring are logged, if they are to be.
+    pub(crate) log_address: Option<u64>,
 }
 
 impl Queue {
@@ -233,6 +287,8 @@ impl Queue {
             error: EventFd::new(EFD_NONBLOCK).unwrap(),
             indirect: features & INDIRECT != 0,
             use_indirect: false,
+            address_base: USER_BASE,
+            log_address: None,
         }
     }
 
@@ -245,23 +301,28 @@ impl Queue {
 
     /// Announces the ring to the back-end, which goes on at `base`.
     pub(crate) fn start(&mut self, front_end: &mut FrontEnd, base: u16) {
-        let config = VringConfigData {
-            queue_max_size: 1024,
-            queue_size: self.size,
-            flags: 0,
-            desc_table_addr: USER_BASE + self.desc,
-            used_ring_addr: USER_BASE + self.used,
-            avail_ring_addr: USER_BASE + self.avail,
-            log_addr: None,
-        };
         let frontend = &mut front_end.frontend;
         frontend.set_vring_num(self.index, self.size).unwrap();
-        frontend.set_vring_addr(self.index, &config).unwrap();
+        self.announce_addresses(frontend);
         frontend.set_vring_base(self.index, base).unwrap();
         frontend.set_vring_call(self.index, &self.call).unwrap();
         frontend.set_vring_err(self.index, &self.error).unwrap();
         frontend.set_vring_kick(self.index, &self.kick).unwrap();
         frontend.set_vring_enable(self.index, true).unwrap();
+    }
+
+    /// Tells where the ring is, and whether writes to its used ring are logged. Also while it runs.
+    pub(crate) fn announce_addresses(&self, frontend: &Frontend) {
+        let config = VringConfigData {
+            queue_max_size: 1024,
+            queue_size: self.size,
+            flags: u32::from(self.log_address.is_some()),
+            desc_table_addr: self.address_base + self.desc,
+            used_ring_addr: self.address_base + self.used,
+            avail_ring_addr: self.address_base + self.avail,
+            log_addr: self.log_address,
+        };
+        frontend.set_vring_addr(self.index, &config).unwrap();
     }
 
     /// Stops the ring; returns the position that the back-end has reached.
@@ -335,6 +396,11 @@ impl Queue {
             self.put_desc(memory, head, Desc { address, len, flags: INDIRECT_FLAG, next: 0 });
         }
         self.offer(memory, head);
+    }
+
+    /// Where the data of a request is, by the second descriptor of its chain.
+    pub(crate) fn data_address(&self, memory: &GuestMemoryMmap<()>, head: u16) -> u64 {
+        memory.read_obj(GuestAddress(self.desc + 16 * (u64::from(head) + 1))).unwrap()
     }
 
     /// Does one request and returns its status and the length in the used ring.

@@ -5,7 +5,7 @@ use std::process::Command;
 
 use rustix::process::Signal;
 use vhost::VhostBackend;
-use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -208,7 +208,7 @@ fn a_signal_ends_the_program_in_order() {
 }
 
 #[test]
-fn a_listening_descriptor_is_served_and_a_connected_one_refused() {
+fn a_listening_descriptor_is_served_and_so_is_a_connected_one_once() {
     let image = ImageFile::new(MIB);
     let directory = tempfile::tempdir().unwrap();
     let socket = directory.path().join("socket");
@@ -223,12 +223,28 @@ fn a_listening_descriptor_is_served_and_a_connected_one_refused() {
     program.signal(Signal::TERM);
     assert!(program.wait().success());
 
-    let (ours, _peer) = std::os::unix::net::UnixStream::pair().unwrap();
-    let mut command = Command::new("sh");
-    command.args(["-c", "exec \"$0\" --fd 5 --image \"$1\" 5<&0", env!("CARGO_BIN_EXE_vvu-blk")]).arg(image.path());
-    let mut program = spawn_with_stdin(command, ours.into(), tempfile::tempdir().unwrap());
-    program.wait_for_line(|line| line.contains("not a listening unix socket"));
-    assert_eq!(program.wait().code(), Some(1));
+    let inherit = |socket: std::os::fd::OwnedFd| {
+        let mut command = Command::new("sh");
+        let script = "exec \"$0\" --fd 5 --image \"$1\" 5<&0";
+        command.args(["-c", script, env!("CARGO_BIN_EXE_vvu-blk")]).arg(image.path());
+        spawn_with_stdin(command, socket, tempfile::tempdir().unwrap())
+    };
+    let (theirs, ours) = std::os::unix::net::UnixStream::pair().unwrap();
+    let mut program = inherit(theirs.into());
+    let frontend = Frontend::from_stream(ours, 64);
+    frontend.set_owner().unwrap();
+    assert_ne!(frontend.get_features().unwrap(), 0);
+    drop(frontend);
+    assert!(program.wait().success(), "it ends with its only front-end");
+
+    // A socket that is neither, and one of the wrong kind.
+    let alone = rustix::net::socket(rustix::net::AddressFamily::UNIX, rustix::net::SocketType::STREAM, None).unwrap();
+    let (datagrams, _peer) = std::os::unix::net::UnixDatagram::pair().unwrap();
+    for socket in [alone, datagrams.into()] {
+        let mut program = inherit(socket);
+        program.wait_for_line(|line| line.contains("neither a listening nor a connected unix socket"));
+        assert_eq!(program.wait().code(), Some(1));
+    }
 }
 
 fn spawn_with_stdin(mut command: Command, stdin: std::os::fd::OwnedFd, directory: tempfile::TempDir) -> Program {

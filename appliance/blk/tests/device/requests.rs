@@ -53,10 +53,16 @@ fn the_configuration_describes_the_disk() {
     let image = ImageFile::new(10 * MIB + 700);
     let program = Program::start(&image.path(), &["--queues", "5"]);
     let mut front_end = FrontEnd::connect(&program);
-    // Only what works: crate vhost-user-backend offers more by itself.
+    // Only what works.
     let protocol = front_end.frontend.get_protocol_features().unwrap();
-    let working =
-        VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::REPLY_ACK;
+    let working = VhostUserProtocolFeatures::MQ
+        | VhostUserProtocolFeatures::LOG_SHMFD
+        | VhostUserProtocolFeatures::REPLY_ACK
+        | VhostUserProtocolFeatures::BACKEND_REQ
+        | VhostUserProtocolFeatures::CONFIG
+        | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+        | VhostUserProtocolFeatures::RESET_DEVICE
+        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
     assert_eq!(protocol, working);
     let config = front_end.config();
     assert_eq!(config[..8], (20480u64 + 1).to_le_bytes(), "capacity counts whole sectors");

@@ -9,9 +9,9 @@ const PERIOD: Duration = Duration::from_secs(10);
 /// Most lines in one period.
 const MAX_LINES: u32 = 10;
 
-/// One budget of log lines.
+/// One budget of log lines: at most 10 in 10 seconds.
 #[derive(Debug, Default)]
-pub(crate) struct LogLimit {
+pub struct LogLimit {
     state: Mutex<State>,
 }
 
@@ -23,8 +23,15 @@ struct State {
 }
 
 impl LogLimit {
+    /// A whole budget.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self { state: Mutex::new(State { period_start: None, lines: 0, suppressed: 0 }) }
+    }
+
     /// Some if a line may be written; with the number of lines that were not, since the last one that was.
-    pub(crate) fn admit(&self, now: Instant) -> Option<u64> {
+    #[must_use]
+    pub fn admit(&self, now: Instant) -> Option<u64> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if state.period_start.is_none_or(|start| now.duration_since(start) >= PERIOD) {
             state.period_start = Some(now);

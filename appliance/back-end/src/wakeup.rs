@@ -1,4 +1,4 @@
-//! An event by which one thread wakes the io_uring wait of another.
+//! An event by which one thread wakes the wait of another.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -6,32 +6,29 @@ use rustix::event::EventfdFlags;
 
 /// A non-blocking eventfd that no other process knows, so nobody can make a write to it block.
 #[derive(Debug)]
-pub(crate) struct Wakeup {
+pub struct Wakeup {
     eventfd: OwnedFd,
 }
 
 impl Wakeup {
-    pub(crate) fn new() -> rustix::io::Result<Self> {
+    /// A new event that has not fired.
+    ///
+    /// # Errors
+    /// If the process or the system has too many open files.
+    pub fn new() -> rustix::io::Result<Self> {
         let eventfd = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         Ok(Self { eventfd })
     }
 
     /// Wakes the waiting thread, or its next wait.
-    pub(crate) fn wake(&self) {
+    pub fn wake(&self) {
         // The one possible failure is a full counter, and then the event is pending already.
         let _full = rustix::io::write(&self.eventfd, &1u64.to_ne_bytes());
     }
 
     /// Takes the event back; false if there is none.
-    #[cfg(test)]
-    pub(crate) fn consume(&self) -> bool {
+    pub fn consume(&self) -> bool {
         rustix::io::read(&self.eventfd, &mut [0; 8]).is_ok()
-    }
-}
-
-impl From<Wakeup> for OwnedFd {
-    fn from(wakeup: Wakeup) -> Self {
-        wakeup.eventfd
     }
 }
 

@@ -1,0 +1,219 @@
+//! Walks one descriptor chain of a split ring into lists of checked segments (virtio 1.3, section 2.7).
+//!
+//! The driver owns the descriptor table and may change it at any moment. Each descriptor is therefore copied once, and
+//! only the copy is checked and used. Whatever the table holds, the walk ends after a bounded number of steps.
+
+use virtio_bindings::bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
+use vm_memory::{GuestMemoryError, Permissions};
+
+use crate::place::Place;
+use crate::view::{AccessError, Segment, View};
+
+/// Length of one descriptor in bytes (virtio 1.3, section 2.7.5).
+pub(crate) const DESCRIPTOR_LEN: u32 = 16;
+
+/// Most segments of one chain. Only an IOMMU that scatters each page, 16 MiB of them in one request, comes near it.
+const MAX_SEGMENTS: usize = 4096;
+
+/// Why a chain breaks the device.
+#[derive(Debug, thiserror::Error)]
+pub enum ChainError {
+    /// `next` or the head is beyond the table.
+    #[error("descriptor {index} is outside of a table of {table_len}")]
+    IndexOutOfRange {
+        /// Index that came.
+        index: u16,
+        /// Entries of the table.
+        table_len: u16,
+    },
+    /// More descriptors than there may be.
+    #[error("chain has more than {limit} descriptors: it is circular or too long")]
+    TooLong {
+        /// How many there may be.
+        limit: u16,
+    },
+    /// More pieces of memory than are kept.
+    #[error("chain has more than {MAX_SEGMENTS} pieces of memory")]
+    TooManySegments,
+    /// The table lies in memory that cannot be read.
+    #[error("descriptor {index} cannot be read")]
+    Descriptor {
+        /// Its index.
+        index: u16,
+        /// Cause.
+        source: GuestMemoryError,
+    },
+    /// An indirect table without INDIRECT_DESC.
+    #[error("indirect descriptor, but the feature was not negotiated")]
+    IndirectNotNegotiated,
+    /// An indirect table in an indirect table.
+    #[error("indirect descriptor inside an indirect table")]
+    NestedIndirect,
+    /// NEXT and INDIRECT in one descriptor.
+    #[error("indirect descriptor with a successor")]
+    IndirectWithNext,
+    /// The indirect table has no or half descriptors.
+    #[error("indirect table of {len} bytes")]
+    IndirectLength {
+        /// What came.
+        len: u32,
+    },
+    /// A descriptor of no bytes.
+    #[error("descriptor of zero bytes")]
+    ZeroLength,
+    /// A buffer or an indirect table cannot be reached.
+    #[error("buffer")]
+    Access(#[from] AccessError),
+    /// The order of virtio 1.3, section 2.7.4.2 is not kept.
+    #[error("device-readable descriptor after a device-writable one")]
+    ReadableAfterWritable,
+}
+
+/// One descriptor, copied out of driver memory.
+#[derive(Debug, Clone, Copy)]
+struct Descriptor {
+    address: u64,
+    len: u32,
+    flags: u16,
+    next: u16,
+}
+
+impl Descriptor {
+    fn from_bytes(bytes: [u8; DESCRIPTOR_LEN as usize]) -> Self {
+        let [a0, a1, a2, a3, a4, a5, a6, a7, l0, l1, l2, l3, f0, f1, n0, n1] = bytes;
+        Self {
+            address: u64::from_le_bytes([a0, a1, a2, a3, a4, a5, a6, a7]),
+            len: u32::from_le_bytes([l0, l1, l2, l3]),
+            flags: u16::from_le_bytes([f0, f1]),
+            next: u16::from_le_bytes([n0, n1]),
+        }
+    }
+
+    fn has(&self, flag: u32) -> bool {
+        u32::from(self.flags) & flag != 0
+    }
+}
+
+/// Buffers of one chain. Reused from one chain to the next, so that a walk allocates nothing in the long run.
+#[derive(Debug, Default)]
+pub struct Chain {
+    /// What the device may read, in the order of the chain.
+    pub readable: Vec<Segment>,
+    /// What the device may write.
+    pub writable: Vec<Segment>,
+    /// Where the indirect table is.
+    table: Place,
+    /// See [`Chain::new`].
+    max_indirect: u16,
+}
+
+/// Where a walk reads descriptors: the ring's own table or an indirect one.
+#[derive(Debug, Clone, Copy)]
+struct Table {
+    len: u16,
+    /// Most descriptors that are taken from it.
+    limit: u16,
+    indirect: bool,
+}
+
+impl Chain {
+    /// An empty chain. Drivers size an indirect table by what the device takes, not by the queue: `max_indirect` is the
+    /// longest indirect chain that is followed when the queue itself is smaller.
+    #[must_use]
+    pub fn new(max_indirect: u16) -> Self {
+        Self { max_indirect, ..Self::default() }
+    }
+
+    /// Replaces the contents by the chain that starts at `head` of `ring`, a table of `queue_size` descriptors.
+    pub(crate) fn walk(
+        &mut self,
+        view: &View,
+        ring: &Place,
+        queue_size: u16,
+        indirect: bool,
+        head: u16,
+    ) -> Result<(), ChainError> {
+        self.readable.clear();
+        self.writable.clear();
+        let mut table = Table { len: queue_size, limit: queue_size, indirect: false };
+        let mut index = head;
+        let mut left = table.limit;
+        loop {
+            left = left.checked_sub(1).ok_or(ChainError::TooLong { limit: table.limit })?;
+            let place = if table.indirect { &self.table } else { ring };
+            let descriptor = read(place, view, table, index)?;
+            if descriptor.has(VRING_DESC_F_INDIRECT) {
+                if !indirect {
+                    return Err(ChainError::IndirectNotNegotiated);
+                }
+                table = self.enter_indirect(view, table, queue_size, descriptor)?;
+                index = 0;
+                left = table.limit;
+                continue;
+            }
+            self.push(view, descriptor)?;
+            if !descriptor.has(VRING_DESC_F_NEXT) {
+                return Ok(());
+            }
+            index = descriptor.next;
+        }
+    }
+
+    fn push(&mut self, view: &View, descriptor: Descriptor) -> Result<(), ChainError> {
+        if descriptor.len == 0 {
+            return Err(ChainError::ZeroLength);
+        }
+        let (list, access) = if descriptor.has(VRING_DESC_F_WRITE) {
+            (&mut self.writable, Permissions::Write)
+        } else if self.writable.is_empty() {
+            (&mut self.readable, Permissions::Read)
+        } else {
+            return Err(ChainError::ReadableAfterWritable);
+        };
+        view.resolve(descriptor.address, descriptor.len, access, list)?;
+        if self.readable.len() + self.writable.len() > MAX_SEGMENTS {
+            return Err(ChainError::TooManySegments);
+        }
+        Ok(())
+    }
+
+    fn enter_indirect(
+        &mut self,
+        view: &View,
+        from: Table,
+        queue_size: u16,
+        descriptor: Descriptor,
+    ) -> Result<Table, ChainError> {
+        if from.indirect {
+            return Err(ChainError::NestedIndirect);
+        }
+        if descriptor.has(VRING_DESC_F_NEXT) {
+            return Err(ChainError::IndirectWithNext);
+        }
+        let len = descriptor.len;
+        let entries = u16::try_from(len / DESCRIPTOR_LEN).map_err(|_| ChainError::IndirectLength { len })?;
+        if entries == 0 || !len.is_multiple_of(DESCRIPTOR_LEN) {
+            return Err(ChainError::IndirectLength { len });
+        }
+        self.table.refill(|pieces| view.resolve(descriptor.address, len, Permissions::Read, pieces))?;
+        let limit = queue_size.max(self.max_indirect).min(entries);
+        Ok(Table { len: entries, limit, indirect: true })
+    }
+}
+
+fn read(place: &Place, view: &View, table: Table, index: u16) -> Result<Descriptor, ChainError> {
+    if index >= table.len {
+        return Err(ChainError::IndexOutOfRange { index, table_len: table.len });
+    }
+    let mut bytes = [0; DESCRIPTOR_LEN as usize];
+    place
+        .read(view.memory(), u32::from(index) * DESCRIPTOR_LEN, &mut bytes)
+        .map_err(|source| ChainError::Descriptor { index, source })?;
+    Ok(Descriptor::from_bytes(bytes))
+}
+
+/// Number of bytes in a list of segments. Cannot overflow: less than 2^16 segments of less than 2^32 bytes.
+#[must_use]
+pub fn total_len(segments: &[Segment]) -> u64 {
+    segments.iter().map(|segment| u64::from(segment.len)).sum()
+}

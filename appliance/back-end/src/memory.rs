@@ -1,0 +1,278 @@
+//! Memory of the driver VM: the table that the front-end announces, mapped.
+//!
+//! The session's [`MemoryTable`] changes; rings and requests work on a [`Memory`], a snapshot that never does. A region is
+//! unmapped when the last snapshot that has it is gone. Hence a request in flight keeps what it works on, and the session
+//! can wait until nothing of a region is left before it tells the front-end so ([`Removed::wait`]).
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
+
+use rustix::fs::FileType;
+use vm_memory::mmap::FromRangesError;
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+use vvu_protocol::address::UserAddress;
+use vvu_protocol::memory::{MemoryError, MemoryRegion, check_table};
+
+use crate::view::Segment;
+
+/// Most regions that are mapped at a time, and the answer to GET_MAX_MEM_SLOTS: as many as QEMU and the kernel's vhost have.
+pub const MAX_MEMORY_SLOTS: usize = 509;
+
+type Mapping = GuestRegionMmap<()>;
+
+/// Why the front-end's memory cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum TableError {
+    /// The regions do not form a table.
+    #[error(transparent)]
+    Regions(#[from] MemoryError),
+    /// The file ends before the region does.
+    #[error("the file of the memory region at {guest_address} has {file_len:#x} bytes, the region ends at {end:#x}")]
+    ShortFile {
+        /// The region.
+        guest_address: vvu_protocol::address::GuestAddress,
+        /// Length of the file in bytes.
+        file_len: u64,
+        /// End of the region in the file.
+        end: u64,
+    },
+    /// mmap(2) refuses.
+    #[error("memory region at {guest_address} cannot be mapped")]
+    Map {
+        /// The region.
+        guest_address: vvu_protocol::address::GuestAddress,
+        /// Cause.
+        source: io::Error,
+    },
+    /// The region to be removed is none of the table.
+    #[error("there is no memory region of {size:#x} bytes at {guest_address}")]
+    Unknown {
+        /// Its guest address.
+        guest_address: vvu_protocol::address::GuestAddress,
+        /// Its length in bytes.
+        size: u64,
+    },
+}
+
+/// One region, mapped.
+#[derive(Debug, Clone)]
+struct Region {
+    description: MemoryRegion,
+    /// Device and inode of the file.
+    file: (u64, u64),
+    mapping: Arc<Mapping>,
+}
+
+impl Region {
+    fn map(description: MemoryRegion, file: OwnedFd) -> Result<Self, TableError> {
+        let MemoryRegion { guest_address, size, mmap_offset, .. } = description;
+        let failed = |source| TableError::Map { guest_address, source };
+        let stat = rustix::fs::fstat(&file).map_err(|errno| failed(errno.into()))?;
+        if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile {
+            let (file_len, end) = (u64::try_from(stat.st_size).unwrap_or(0), description.file_end());
+            if end > file_len {
+                return Err(TableError::ShortFile { guest_address, file_len, end });
+            }
+        }
+        let len = usize::try_from(size).map_err(|_too_large| failed(io::ErrorKind::OutOfMemory.into()))?;
+        let mapping = MmapRegion::from_file(FileOffset::new(File::from(file), mmap_offset.0), len)
+            .map_err(|error| failed(io::Error::other(error)))?;
+        let mapping = Mapping::new(mapping, GuestAddress(guest_address.0))
+            .ok_or(MemoryError::Overflow { guest_address, size })?;
+        Ok(Self { description, file: (stat.st_dev, stat.st_ino), mapping: Arc::new(mapping) })
+    }
+
+    /// The two show the same bytes at the same place.
+    fn is_same(&self, other: &Self) -> bool {
+        self.description == other.description && self.file == other.file
+    }
+}
+
+/// See the module's text. With `vm-memory`, it is a [`vm_memory::GuestMemory`] without an IOMMU.
+#[derive(Debug)]
+pub struct Memory {
+    guest: GuestMemoryMmap<()>,
+    /// Ascending user addresses.
+    by_user_address: Vec<MemoryRegion>,
+    /// The last change took a region away; another one may follow that puts a larger one in its place.
+    is_between_changes: bool,
+    // The last field, so that the mappings are gone when it is dropped.
+    _release: Release,
+}
+
+impl GuestMemoryBackend for Memory {
+    type R = Mapping;
+
+    fn num_regions(&self) -> usize {
+        self.guest.num_regions()
+    }
+
+    fn find_region(&self, address: GuestAddress) -> Option<&Mapping> {
+        self.guest.find_region(address)
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &Mapping> {
+        self.guest.iter()
+    }
+}
+
+impl Memory {
+    /// Memory of this process alone, at these guest addresses: for tests of what works on memory.
+    ///
+    /// # Errors
+    /// If the ranges overlap, do not ascend, or cannot be had.
+    pub fn from_ranges(ranges: &[(GuestAddress, usize)]) -> Result<Self, FromRangesError> {
+        Ok(Self {
+            guest: GuestMemoryMmap::from_ranges(ranges)?,
+            by_user_address: Vec::new(),
+            is_between_changes: false,
+            _release: Release(Arc::default()),
+        })
+    }
+
+    fn new(regions: &[Region], is_between_changes: bool, releases: &Arc<Releases>) -> Self {
+        let mut sorted = regions.to_vec();
+        sorted.sort_by_key(|region| region.description.guest_address);
+        let mappings = sorted.into_iter().map(|region| region.mapping).collect();
+        let mut by_user_address = regions.iter().map(|region| region.description).collect::<Vec<_>>();
+        by_user_address.sort_by_key(|region| region.user_address);
+        Self {
+            // Fails for no regions only: order and overlap were checked.
+            guest: GuestMemoryMmap::from_arc_regions(mappings).unwrap_or_default(),
+            by_user_address,
+            is_between_changes,
+            _release: Release(Arc::clone(releases)),
+        }
+    }
+
+    /// A ring that does not lie in this memory may lie in that of the next change, which is to come soon.
+    pub(crate) fn is_between_changes(&self) -> bool {
+        self.is_between_changes
+    }
+
+    /// Appends the guest-physical pieces of a range of the front-end's addresses. False if it is not all in the table.
+    pub(crate) fn resolve_user_address(&self, start: UserAddress, len: u32, pieces: &mut Vec<Segment>) -> bool {
+        let (mut next, mut left) = (start.0, len);
+        while left > 0 {
+            let index = self.by_user_address.partition_point(|region| region.user_address.0 <= next);
+            let Some(region) = index.checked_sub(1).and_then(|index| self.by_user_address.get(index)) else {
+                return false;
+            };
+            // Not negative by the search, and no sum overflows in a checked region.
+            let position = next - region.user_address.0;
+            let Some(room) = region.size.checked_sub(position).filter(|room| *room > 0) else { return false };
+            let take = u32::try_from(room).map_or(left, |room| room.min(left));
+            pieces.push(Segment { address: GuestAddress(region.guest_address.0 + position), len: take });
+            left -= take;
+            let Some(further) = next.checked_add(u64::from(take)) else { return left == 0 };
+            next = further;
+        }
+        true
+    }
+
+    /// First guest address behind all regions.
+    pub(crate) fn guest_end(&self) -> u64 {
+        self.by_user_address.iter().map(MemoryRegion::guest_end).max().unwrap_or(0)
+    }
+}
+
+/// The table as the front-end has made it.
+#[derive(Debug)]
+pub(crate) struct MemoryTable {
+    regions: Vec<Region>,
+    snapshot: Arc<Memory>,
+    releases: Arc<Releases>,
+}
+
+impl MemoryTable {
+    pub(crate) fn new() -> Self {
+        let releases = Arc::new(Releases::default());
+        Self { regions: Vec::new(), snapshot: Arc::new(Memory::new(&[], false, &releases)), releases }
+    }
+
+    pub(crate) fn snapshot(&self) -> &Arc<Memory> {
+        &self.snapshot
+    }
+
+    /// SET_MEM_TABLE: puts a new table in place of this one.
+    pub(crate) fn replace(&mut self, table: Vec<(MemoryRegion, OwnedFd)>) -> Result<Removed, TableError> {
+        let descriptions = table.iter().map(|(description, _)| *description).collect::<Vec<_>>();
+        check_table(&descriptions, MAX_MEMORY_SLOTS)?;
+        let regions =
+            table.into_iter().map(|(description, file)| Region::map(description, file)).collect::<Result<_, _>>()?;
+        Ok(self.change(regions, false))
+    }
+
+    /// ADD_MEM_REG.
+    pub(crate) fn add(&mut self, description: MemoryRegion, file: OwnedFd) -> Result<Removed, TableError> {
+        let mut descriptions = self.regions.iter().map(|region| region.description).collect::<Vec<_>>();
+        descriptions.push(description);
+        check_table(&descriptions, MAX_MEMORY_SLOTS)?;
+        let mut regions = self.regions.clone();
+        regions.push(Region::map(description, file)?);
+        Ok(self.change(regions, false))
+    }
+
+    /// REM_MEM_REG. The region is the one with these addresses and size; its place in its file does not count (vhost-user
+    /// specification, `VHOST_USER_REM_MEM_REG`).
+    pub(crate) fn remove(&mut self, gone: &MemoryRegion) -> Result<Removed, TableError> {
+        let is_gone = |region: &Region| {
+            let MemoryRegion { guest_address, size, user_address, .. } = region.description;
+            (guest_address, size, user_address) == (gone.guest_address, gone.size, gone.user_address)
+        };
+        let regions = self.regions.iter().filter(|region| !is_gone(region)).cloned().collect::<Vec<_>>();
+        if regions.len() == self.regions.len() {
+            return Err(TableError::Unknown { guest_address: gone.guest_address, size: gone.size });
+        }
+        Ok(self.change(regions, true))
+    }
+
+    fn change(&mut self, regions: Vec<Region>, is_between_changes: bool) -> Removed {
+        let former = std::mem::replace(&mut self.regions, regions);
+        let gone = former
+            .iter()
+            .filter(|region| !self.regions.iter().any(|kept| kept.is_same(region)))
+            .map(|region| Arc::downgrade(&region.mapping))
+            .collect();
+        self.snapshot = Arc::new(Memory::new(&self.regions, is_between_changes, &self.releases));
+        Removed { gone, releases: Arc::clone(&self.releases) }
+    }
+}
+
+/// Regions that are no longer in the table.
+#[must_use]
+#[derive(Debug)]
+pub(crate) struct Removed {
+    gone: Vec<Weak<Mapping>>,
+    releases: Arc<Releases>,
+}
+
+impl Removed {
+    /// Waits until none of them is mapped any more. Whoever works on a snapshot has to let go of it without further help
+    /// of this thread.
+    pub(crate) fn wait(self) {
+        let mut guard = self.releases.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        while self.gone.iter().any(|region| region.strong_count() > 0) {
+            guard = self.releases.released.wait(guard).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// Tells that a snapshot is gone.
+#[derive(Debug, Default)]
+struct Releases {
+    lock: Mutex<()>,
+    released: Condvar,
+}
+
+#[derive(Debug)]
+struct Release(Arc<Releases>);
+
+impl Drop for Release {
+    fn drop(&mut self) {
+        let _guard = self.0.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        self.0.released.notify_all();
+    }
+}
