@@ -48,7 +48,7 @@ use crate::back_end::BackEndLink;
 use crate::control::{ControlError, ControlPort};
 use crate::doorbell::Doorbell;
 use crate::in_one_line;
-use crate::supervisor::{GaveUp, Supervisor};
+use crate::supervisor::{GaveUp, Supervise, Supervisor};
 use crate::uuid::Uuid;
 use crate::window::Window;
 
@@ -85,17 +85,17 @@ pub enum DeviceSetError {
 
 /// One emulated device.
 #[derive(Debug)]
-pub struct DeviceSet<P, D> {
+pub struct DeviceSet<P, D, S = Supervisor> {
     port: P,
     doorbell: D,
     window: Window,
-    supervisor: Supervisor,
+    supervisor: S,
     state: StateDoor,
 }
 
-impl<P: ControlPort, D: Doorbell> DeviceSet<P, D> {
+impl<P: ControlPort, D: Doorbell, S: Supervise> DeviceSet<P, D, S> {
     /// Puts a device set together. Its status is down.
-    pub const fn new(uuid: Uuid, port: P, doorbell: D, window: Window, supervisor: Supervisor) -> Self {
+    pub const fn new(uuid: Uuid, port: P, doorbell: D, window: Window, supervisor: S) -> Self {
         Self { port, doorbell, window, supervisor, state: StateDoor::new(uuid) }
     }
 

@@ -82,6 +82,22 @@ enum NotReady {
     HoldsMemory,
 }
 
+/// What a session needs of the supervisor.
+pub trait Supervise {
+    /// Waits until the back-end is ready, starting it if need be: a fresh connection to it, on which nothing but GET_FEATURES
+    /// was said, and which finds it without anything of an earlier one.
+    ///
+    /// # Errors
+    /// [`GaveUp`]; the back-end does not run then.
+    fn ready(&mut self) -> impl Future<Output = Result<BackEndLink, GaveUp>>;
+
+    /// Takes note of a back-end that has closed a connection which a front-end was using.
+    fn lost(&mut self) -> impl Future<Output = ()>;
+
+    /// Ends the back-end without asking it, because it does not do what it should.
+    fn end(&mut self) -> impl Future<Output = ()>;
+}
+
 /// Keeps one back-end running.
 #[derive(Debug)]
 pub struct Supervisor {
@@ -194,6 +210,20 @@ impl Supervisor {
             child.kill();
             child.exited().await;
         }
+    }
+}
+
+impl Supervise for Supervisor {
+    async fn ready(&mut self) -> Result<BackEndLink, GaveUp> {
+        Self::ready(self).await
+    }
+
+    async fn lost(&mut self) {
+        Self::lost(self).await;
+    }
+
+    async fn end(&mut self) {
+        Self::end(self).await;
     }
 }
 
