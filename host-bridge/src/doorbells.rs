@@ -1,8 +1,9 @@
 //! Where the eventfds of kicks, calls and errors are chosen, and relayed.
 //!
-//! Each queue has one vector (kick) and two peers (call and error), all with eventfds of the bridge that live as long as
-//! the appliance. A signal is passed on from the front-end's eventfd to the bridge's, or the other way round. Nothing else
-//! in the bridge knows that, so that a direct way from one VM to the other replaces this module alone.
+//! Each queue has one vector (kick) and two peers (call and error), and the dirty log has one peer, all with eventfds of the
+//! bridge that live as long as the appliance. A signal is passed on from the front-end's eventfd to the bridge's, or the other
+//! way round. Nothing else in the bridge knows that, so that a direct way from one VM to the other replaces this module
+//! alone.
 
 use std::cell::RefCell;
 use std::io;
@@ -16,7 +17,7 @@ use vvu_socket::event::{self, Event, EventError, check_kind};
 /// The front-end's end of a signal out of the appliance. A signal that comes while there is none is kept.
 #[derive(Debug, Default)]
 struct Target {
-    descriptor: Option<OwnedFd>,
+    descriptor: Option<Rc<OwnedFd>>,
     pending: bool,
 }
 
@@ -24,7 +25,7 @@ impl Target {
     /// A front-end that keeps its own eventfd from being signalled has lost the signal; nobody else has.
     fn deliver(&mut self) {
         self.pending = self.descriptor.is_none();
-        if let Some(Err(error)) = self.descriptor.as_ref().map(event::signal) {
+        if let Some(Err(error)) = self.descriptor.as_deref().map(event::signal) {
             tracing::debug!(%error, "front-end's eventfd takes no signal");
         }
     }
@@ -54,10 +55,18 @@ impl Outward {
         Ok(Self { peer, descriptor, target, relay })
     }
 
-    fn set_target(&self, descriptor: Option<OwnedFd>) {
+    fn set_target(&self, descriptor: Option<Rc<OwnedFd>>) {
         let mut target = self.target.borrow_mut();
         target.descriptor = descriptor;
         if target.pending {
+            target.deliver();
+        }
+    }
+
+    /// Signals the front-end, if it has an eventfd.
+    fn signal(&self) {
+        let mut target = self.target.borrow_mut();
+        if target.descriptor.is_some() {
             target.deliver();
         }
     }
@@ -81,7 +90,7 @@ impl Outward {
 /// The front-end's end of a signal into the appliance, and the task that passes it on.
 #[derive(Debug)]
 struct KickSource {
-    descriptor: OwnedFd,
+    descriptor: Rc<OwnedFd>,
     relay: JoinHandle<()>,
 }
 
@@ -104,6 +113,7 @@ struct QueueDoorbells {
 #[derive(Debug)]
 pub struct Doorbells {
     queues: Vec<QueueDoorbells>,
+    log: Outward,
 }
 
 /// What the doorbell device is told at its start.
@@ -138,7 +148,7 @@ impl Doorbells {
                 Ok(QueueDoorbells { kick: event::create()?, kick_source: None, call, error })
             })
             .collect::<Result<_, EventError>>()?;
-        Ok(Self { queues })
+        Ok(Self { queues, log: Outward::new(PeerId(1 + 2 * queue_count))? })
     }
 
     /// Number of queues.
@@ -157,6 +167,7 @@ impl Doorbells {
             .queues
             .iter()
             .flat_map(|queue| [&queue.call, &queue.error])
+            .chain([&self.log])
             .map(|outward| Ok((outward.peer, outward.descriptor.try_clone()?)))
             .collect::<io::Result<_>>()?;
         Ok(Announcement { vectors, peers })
@@ -172,6 +183,11 @@ impl Doorbells {
         self.outward(usize::from(index), signal).map(|outward| outward.peer)
     }
 
+    /// The peer that stands for updates of the dirty log.
+    pub(crate) fn log_peer(&self) -> PeerId {
+        self.log.peer
+    }
+
     fn outward(&self, index: usize, signal: OutwardSignal) -> Option<&Outward> {
         self.queues.get(index).map(|queue| match signal {
             OutwardSignal::Call => &queue.call,
@@ -180,16 +196,16 @@ impl Doorbells {
     }
 
     /// Passes kicks of the front-end on to the appliance from now on, or no longer.
-    pub(crate) fn set_kick(&mut self, index: u8, descriptor: Option<OwnedFd>) -> Result<(), EventError> {
+    pub(crate) fn set_kick(&mut self, index: u8, descriptor: Option<Rc<OwnedFd>>) -> Result<(), EventError> {
         let Some(queue) = self.queues.get_mut(usize::from(index)) else { return Ok(()) };
         // A kick that was made at the eventfd before and not passed on yet.
         if let Some(source) = queue.kick_source.take()
-            && event::take(&source.descriptor)?.is_some()
+            && event::take(source.descriptor.as_fd())?.is_some()
         {
             event::signal(&queue.kick)?;
         }
         if let Some(descriptor) = descriptor {
-            let source = Event::new(descriptor.try_clone()?)?;
+            let source = Event::new(descriptor.as_fd().try_clone_to_owned()?)?;
             let relay = tokio::task::spawn_local(relay_kicks(index, source, queue.kick.try_clone()?));
             queue.kick_source = Some(KickSource { descriptor, relay });
         }
@@ -201,11 +217,29 @@ impl Doorbells {
         &self,
         index: u8,
         signal: OutwardSignal,
-        descriptor: Option<OwnedFd>,
+        descriptor: Option<Rc<OwnedFd>>,
     ) -> Result<(), EventError> {
-        check_eventfd(descriptor.as_ref())?;
+        check_eventfd(descriptor.as_deref())?;
         if let Some(outward) = self.outward(usize::from(index), signal) {
             outward.set_target(descriptor);
+        }
+        Ok(())
+    }
+
+    /// The same for updates of the dirty log.
+    pub(crate) fn set_log_target(&self, descriptor: Rc<OwnedFd>) -> Result<(), EventError> {
+        check_eventfd(Some(&descriptor))?;
+        self.log.set_target(Some(descriptor));
+        Ok(())
+    }
+
+    /// Signals every kick and every call once that has both its ends: a signal may have been lost with the back-end before.
+    pub(crate) fn signal_all(&self) -> io::Result<()> {
+        for queue in &self.queues {
+            if queue.kick_source.is_some() {
+                event::signal(&queue.kick)?;
+            }
+            queue.call.signal();
         }
         Ok(())
     }
@@ -226,7 +260,7 @@ impl Doorbells {
             queue.call.reset()?;
             queue.error.reset()?;
         }
-        Ok(())
+        self.log.reset()
     }
 }
 
@@ -264,6 +298,10 @@ mod tests {
 
     use super::*;
 
+    fn eventfd() -> Rc<OwnedFd> {
+        Rc::new(event::create().unwrap())
+    }
+
     /// Doorbells of one queue, and the appliance's ends: vector, call.
     fn doorbells() -> (Doorbells, OwnedFd, OwnedFd) {
         let doorbells = Doorbells::new(1).unwrap();
@@ -276,10 +314,10 @@ mod tests {
         LocalSet::new()
             .run_until(async {
                 let (mut doorbells, vector, _) = doorbells();
-                for next in [Some(event::create().unwrap()), None] {
-                    let kick = event::create().unwrap();
-                    doorbells.set_kick(0, Some(kick.try_clone().unwrap())).unwrap();
-                    event::signal(&kick).unwrap();
+                for next in [Some(eventfd()), None] {
+                    let kick = eventfd();
+                    doorbells.set_kick(0, Some(Rc::clone(&kick))).unwrap();
+                    event::signal(kick.as_fd()).unwrap();
                     // Nothing is awaited: the relay has no turn in between.
                     doorbells.set_kick(0, next).unwrap();
                     assert_eq!(event::take(&vector).unwrap(), Some(1));
@@ -293,13 +331,13 @@ mod tests {
         LocalSet::new()
             .run_until(async {
                 let (mut doorbells, vector, call) = doorbells();
-                let (kick, target) = (event::create().unwrap(), event::create().unwrap());
-                doorbells.set_kick(0, Some(kick.try_clone().unwrap())).unwrap();
-                doorbells.set_target(0, OutwardSignal::Call, Some(target.try_clone().unwrap())).unwrap();
+                let (kick, target) = (eventfd(), eventfd());
+                doorbells.set_kick(0, Some(Rc::clone(&kick))).unwrap();
+                doorbells.set_target(0, OutwardSignal::Call, Some(Rc::clone(&target))).unwrap();
                 event::signal(&call).unwrap();
-                event::signal(&kick).unwrap();
+                event::signal(kick.as_fd()).unwrap();
                 doorbells.stop(0).unwrap();
-                assert_eq!(event::take(&target).unwrap(), Some(1));
+                assert_eq!(event::take(target.as_fd()).unwrap(), Some(1));
                 assert_eq!(event::take(&vector).unwrap(), None);
             })
             .await;
@@ -310,17 +348,35 @@ mod tests {
         LocalSet::new()
             .run_until(async {
                 let (mut doorbells, vector, call) = doorbells();
-                let (kick, target) = (event::create().unwrap(), event::create().unwrap());
-                doorbells.set_kick(0, Some(kick.try_clone().unwrap())).unwrap();
-                doorbells.set_target(0, OutwardSignal::Call, Some(target.try_clone().unwrap())).unwrap();
+                let (kick, target) = (eventfd(), eventfd());
+                doorbells.set_kick(0, Some(Rc::clone(&kick))).unwrap();
+                doorbells.set_target(0, OutwardSignal::Call, Some(Rc::clone(&target))).unwrap();
                 event::signal(&call).unwrap();
-                event::signal(&kick).unwrap();
+                event::signal(kick.as_fd()).unwrap();
                 doorbells.reset().unwrap();
                 tokio::task::yield_now().await;
-                assert_eq!(event::take(&target).unwrap(), None);
+                assert_eq!(event::take(target.as_fd()).unwrap(), None);
                 assert_eq!(event::take(&vector).unwrap(), None);
-                doorbells.set_target(0, OutwardSignal::Call, Some(target.try_clone().unwrap())).unwrap();
-                assert_eq!(event::take(&target).unwrap(), None);
+                doorbells.set_target(0, OutwardSignal::Call, Some(Rc::clone(&target))).unwrap();
+                assert_eq!(event::take(target.as_fd()).unwrap(), None);
+            })
+            .await;
+    }
+
+    #[tokio::test]
+    async fn each_signal_that_has_both_ends_is_made_once() {
+        LocalSet::new()
+            .run_until(async {
+                let (mut doorbells, vector, _) = doorbells();
+                doorbells.signal_all().unwrap();
+                assert_eq!(event::take(&vector).unwrap(), None, "nobody listens there");
+                let (kick, target) = (eventfd(), eventfd());
+                doorbells.set_kick(0, Some(kick)).unwrap();
+                doorbells.set_target(0, OutwardSignal::Call, Some(Rc::clone(&target))).unwrap();
+                assert_eq!(event::take(target.as_fd()).unwrap(), None, "a call was kept that was never made");
+                doorbells.signal_all().unwrap();
+                assert_eq!(event::take(&vector).unwrap(), Some(1));
+                assert_eq!(event::take(target.as_fd()).unwrap(), Some(1));
             })
             .await;
     }

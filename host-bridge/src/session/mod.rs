@@ -15,12 +15,29 @@
 //!    └────── lost ────────────┘                                               attached
 //! ```
 
+mod back_channel;
+mod device_state;
+mod dirty_log;
+mod inflight;
+mod link;
+mod log_tail;
+mod memory;
 mod relay;
+mod replay;
+mod side_channels;
+mod state_transfer;
+mod vrings;
+
+use std::rc::Rc;
 
 use vvu_protocol::DecodeError;
+use vvu_protocol::features::ProtocolFeatures;
 use vvu_socket::{MessageSocket, SocketError};
 
-use self::relay::Relay;
+use self::device_state::DeviceState;
+use self::link::Link;
+use self::log_tail::LogTail;
+use self::relay::{Relay, UnderWay};
 use crate::appliance::{Appliance, ApplianceError};
 
 /// Why a session, or its attachment to an appliance, ended.
@@ -65,6 +82,14 @@ pub enum SessionError {
         /// Why it is not carried.
         reason: &'static str,
     },
+    /// The next back-end does not offer what was negotiated with the one before.
+    #[error("the next back-end cannot take over: of the {what} that were negotiated it does not offer {missing:#x}")]
+    LessOffered {
+        /// Which kind.
+        what: &'static str,
+        /// What it lacks.
+        missing: u64,
+    },
     /// The next back-end cannot take over what the front-end has set.
     #[error("the next back-end cannot take over: {request} was answered with {answer}")]
     NotReplayed {
@@ -107,6 +132,7 @@ impl SessionError {
             | Self::Queue { .. }
             | Self::Untold { .. }
             | Self::NotOffered { .. }
+            | Self::LessOffered { .. }
             | Self::NotReplayed { .. } => Blame::FrontEnd,
             Self::BackEndDown | Self::WindowLost => Blame::BackEnd,
             Self::Appliance(_) => Blame::Appliance,
@@ -118,25 +144,28 @@ impl SessionError {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Interrupted;
 
-/// One session. Its calls must not be cancelled as long as the session is to go on.
+/// One session. Needs a tokio `LocalSet`. Its calls must not be cancelled as long as the session is to go on, but for
+/// [`Session::hung_up`].
 #[derive(Debug)]
 pub struct Session {
     number: u32,
     front_end: MessageSocket,
-    relay: relay::State,
+    state: DeviceState,
+    link: Link,
+    under_way: Option<UnderWay>,
+    /// What the back-end offers, the front-end's knowledge or not.
+    back_end_protocol: ProtocolFeatures,
+    /// Stands in the window for the end of the dirty log.
+    log_tail: Option<Rc<LogTail>>,
 }
 
 impl Session {
     /// A session of a front-end that has just connected. `number` is for the log.
     #[must_use]
     pub fn new(number: u32, front_end: MessageSocket) -> Self {
-        Self { number, front_end, relay: relay::State::default() }
-    }
-
-    /// Number for the log.
-    #[must_use]
-    pub const fn number(&self) -> u32 {
-        self.number
+        let (state, link) = (DeviceState::default(), Link::default());
+        let back_end_protocol = ProtocolFeatures::empty();
+        Self { number, front_end, state, link, under_way: None, back_end_protocol, log_tail: None }
     }
 
     /// Shows the agent that a front-end is there, as the protocol's session `attachment`, and brings the back-end to the
@@ -148,8 +177,7 @@ impl Session {
     /// # Errors
     /// [`SessionError`].
     pub async fn attach(&mut self, attachment: u32, appliance: &mut Appliance) -> Result<(), SessionError> {
-        self.relay.attach(attachment, appliance);
-        Ok(appliance.control.commands.connect(attachment).await?)
+        Relay { session: self, appliance }.attach(attachment).await
     }
 
     /// Relays until something ends it, or until `interrupt` is ready and no request is under way.
@@ -168,17 +196,21 @@ impl Session {
     ///
     /// # Errors
     /// [`SessionError`]; vrings that were not stopped are as after [`Session::lost`].
-    #[expect(clippy::unused_async, reason = "waits for the agent soon")]
-    pub async fn drain(&mut self, _appliance: &mut Appliance) -> Result<(), SessionError> {
-        Ok(())
+    pub async fn drain(&mut self, appliance: &mut Appliance) -> Result<(), SessionError> {
+        Relay { session: self, appliance }.drain().await
     }
 
     /// The appliance or its back-end is lost: nobody knows how far vrings have come. A request under way will be asked again
     /// after the next [`Session::attach`].
-    pub fn lost(&mut self) {}
+    pub fn lost(&mut self) {
+        self.link.lost();
+    }
 
-    /// Waits until the front-end hangs up, while there is no back-end. Requests stay unread, in the socket.
+    /// Waits until the front-end hangs up, while there is no back-end. Requests stay unread, in the socket. May be cancelled.
     pub async fn hung_up(&mut self) -> SessionError {
-        std::future::pending().await
+        match self.front_end.hung_up().await {
+            Ok(()) => SessionError::Closed,
+            Err(error) => SessionError::Socket(error.into()),
+        }
     }
 }

@@ -1,66 +1,48 @@
-//! Requests of an attached front-end, one after the other.
+//! Requests of an attached front-end, one after the other: who answers each, and what of it lasts.
 
 use std::os::fd::OwnedFd;
+use std::rc::Rc;
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::time::timeout;
 use vvu_protocol::carriage::{self, Carriage};
-use vvu_protocol::control::{Channel, Frame, Handle};
+use vvu_protocol::control::Handle;
 use vvu_protocol::features::{Features, ProtocolFeatures};
-use vvu_protocol::memory::{MAX_TABLE_REGIONS, MemoryError, MemoryRegion, check_table};
-use vvu_protocol::message::{
-    BackEndReply, FrontEndReply, FrontEndRequest, RawMessage, ReplyPayload, VringAddresses, VringFile, VringState,
-};
-use vvu_protocol::window::{Layout, Plan, RegionOfFile, WindowError};
-use vvu_socket::event::EventError;
+use vvu_protocol::memory::MAX_SLOTS;
+use vvu_protocol::message::{FrontEndReply, FrontEndRequest, Header, RawMessage, ReplyPayload, VringFile, VringState};
+use vvu_socket::SocketError;
 
+use super::device_state::{Descriptor, Request};
+use super::link::REFUSED;
 use super::{Interrupted, Session, SessionError};
-use crate::appliance::control::ControlState;
-use crate::appliance::window::WindowState;
-use crate::appliance::{Appliance, ApplianceError, file_identity};
-use crate::doorbells::{OutwardSignal, check_eventfd};
-use crate::translate;
+use crate::appliance::{Appliance, ApplianceError};
 
-/// How long the agent may take for an answer. GET_VRING_BASE waits for all requests in flight, on a disk that may be slow.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(90);
+/// How long the front-end may take to make room in its socket. It has asked for the answer that waits.
+const SEND_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Answer that says "not done". The specification gives its value no further meaning.
-const REFUSED: u64 = 1;
+/// Length of an inflight description without the padding of the C structure.
+const SHORT_INFLIGHT_LEN: usize = 20;
 
-/// Why a memory table was refused; the session goes on with the table before.
-#[derive(Debug, thiserror::Error)]
-enum TableError {
-    #[error("memory table")]
-    Table(#[from] MemoryError),
-    #[error("memory table does not fit the window")]
-    Window(#[from] WindowError),
-    #[error("memory table: file of a region")]
-    File(#[source] ApplianceError),
-    #[error("memory table")]
-    Refused(#[source] ApplianceError),
-    #[error("memory table: the back-end answered {0}")]
-    BackEnd(u64),
-}
-
-enum Answer {
-    Reply(FrontEndReply<OwnedFd>),
+/// What a request is answered with.
+#[derive(Debug)]
+pub(super) enum Answer {
+    /// Its own reply.
+    Reply(FrontEndReply<Descriptor>),
+    /// 0 for done, anything else for refused.
     Acknowledgement(u64),
 }
 
-/// What a relay remembers between two calls.
-#[derive(Debug, Default)]
-pub(super) struct State {
-    attachment: u32,
-    watch: Option<ApplianceWatch>,
-    offered: Option<Features>,
-    offered_protocol: Option<ProtocolFeatures>,
-    protocol: Option<ProtocolFeatures>,
+/// A request of the front-end that is not answered yet.
+#[derive(Debug, Clone)]
+pub(super) struct UnderWay {
+    header: Header,
+    request: Request,
 }
 
-impl State {
-    pub(super) fn attach(&mut self, attachment: u32, appliance: &mut Appliance) {
-        self.attachment = attachment;
-        self.watch = Some(ApplianceWatch::new(appliance));
+impl UnderWay {
+    fn decode(message: RawMessage<OwnedFd>) -> Result<Self, SessionError> {
+        let header = message.header;
+        Ok(Self { header, request: FrontEndRequest::decode(message)?.map_descriptors(Rc::new) })
     }
 }
 
@@ -74,73 +56,108 @@ impl Relay<'_> {
     pub(super) async fn serve(mut self, interrupt: impl Future<Output = ()>) -> Result<Interrupted, SessionError> {
         tokio::pin!(interrupt);
         loop {
+            if let Some(under_way) = self.session.under_way.clone() {
+                self.work(under_way).await?;
+            }
+            let Session { front_end, link, .. } = &mut *self.session;
             tokio::select! {
-                message = self.session.front_end.recv() => match message? {
-                    Some(message) => self.take(message).await?,
+                message = front_end.recv() => match message? {
+                    Some(message) => self.session.under_way = Some(UnderWay::decode(message)?),
                     None => return Err(SessionError::Closed),
                 },
-                frame = self.appliance.control.recv() => self.unasked(frame?).await?,
-                lost = lost(&mut self.session.relay.watch) => return Err(lost),
+                frame = self.appliance.control.recv() => link.take_unasked(frame?, &self.appliance.control).await?,
+                lost = link.lost_one() => return Err(lost),
                 () = &mut interrupt => return Ok(Interrupted),
             }
         }
     }
 
-    async fn take(&mut self, message: RawMessage<OwnedFd>) -> Result<(), SessionError> {
-        let header = message.header;
-        let request = FrontEndRequest::decode(message)?;
-        let name = request.name();
-        tracing::debug!(
-            session = self.session.relay.attachment,
-            request = name,
-            code = header.request,
-            "request of the front-end"
-        );
-        let reply = match self.handle(request).await? {
+    /// Answers a request. If the appliance is lost meanwhile, it stays under way.
+    async fn work(&mut self, under_way: UnderWay) -> Result<(), SessionError> {
+        let UnderWay { header, request } = under_way;
+        let (session, name) = (self.session.number, request.name());
+        tracing::debug!(session, request = name, code = header.request, "request of the front-end");
+        let answer = self.handle(&request).await?;
+        self.session.under_way = None;
+        match &answer {
+            Answer::Acknowledgement(0) => self.session.state.apply(&request, &FrontEndReply::Acknowledgement(0)),
+            Answer::Acknowledgement(_) => {}
+            Answer::Reply(reply) => self.session.state.apply(&request, reply),
+        }
+        let has_own_reply = request.row().is_some_and(|row| row.reply != ReplyPayload::None);
+        let asked = header.needs_reply && self.session.state.has_negotiated(ProtocolFeatures::REPLY_ACK);
+        let reply = match answer {
             Answer::Reply(reply) => reply,
-            Answer::Acknowledgement(value) => {
-                let asked = header.needs_reply
-                    && self
-                        .session
-                        .relay
-                        .protocol
-                        .is_some_and(|protocol| protocol.contains(ProtocolFeatures::REPLY_ACK));
-                match (asked, value) {
-                    (true, value) => FrontEndReply::Acknowledgement(value),
-                    (false, 0) => return Ok(()),
-                    (false, _) => return Err(SessionError::Untold { request: name }),
-                }
-            }
+            Answer::Acknowledgement(value) if asked && !has_own_reply => FrontEndReply::Acknowledgement(value),
+            Answer::Acknowledgement(0) => return Ok(()),
+            Answer::Acknowledgement(_) => return Err(SessionError::Untold { request: name }),
         };
-        Ok(self.session.front_end.send(&reply.encode(header.request)).await?)
+        self.reply(&header, reply).await
     }
 
-    async fn handle(&mut self, request: FrontEndRequest<OwnedFd>) -> Result<Answer, SessionError> {
-        use FrontEndRequest as R;
-        match request {
-            R::GetFeatures => self.offer().await,
-            R::SetFeatures(features) => self.set_features(features).await,
-            R::GetProtocolFeatures => self.offer_protocol().await,
-            R::SetProtocolFeatures(features) => self.set_protocol_features(features).await,
-            R::GetQueueNum => self.queue_count().await,
-            R::SetMemTable(table) => self.set_memory(table).await,
-            R::SetVringKick(file) => self.set_kick(file).await,
-            R::SetVringCall(file) => self.set_outward(OutwardSignal::Call, file).await,
-            R::SetVringErr(file) => self.set_outward(OutwardSignal::Error, file).await,
-            R::GetVringBase(state) => self.stop_vring(state).await,
-            R::SetVringNum(VringState { index, .. })
-            | R::SetVringBase(VringState { index, .. })
-            | R::SetVringEnable(VringState { index, .. })
-            | R::SetVringAddr(VringAddresses { index, .. }) => {
-                self.check_queue(index)?;
-                self.relay(request).await
-            }
-            other => self.relay(other).await,
+    async fn reply(&self, header: &Header, reply: FrontEndReply<Descriptor>) -> Result<(), SessionError> {
+        let mut message = reply.encode(header.request);
+        if matches!(message.header.request, 31) && header.payload_len == SHORT_INFLIGHT_LEN {
+            // Who sends the structure without its padding reads it without.
+            message.payload.truncate(SHORT_INFLIGHT_LEN);
+            message.header.payload_len = message.payload.len();
+        }
+        match timeout(SEND_TIMEOUT, self.session.front_end.send(&message)).await {
+            Ok(sent) => Ok(sent?),
+            Err(_) => Err(SocketError::Io(std::io::ErrorKind::TimedOut.into()).into()),
         }
     }
 
-    /// Sends a request to the agent as it is, and its answer back.
-    async fn relay(&mut self, request: FrontEndRequest<OwnedFd>) -> Result<Answer, SessionError> {
+    /// Does what a request asks for, whether the front-end asks or the bridge does in its place.
+    pub(super) async fn handle(&mut self, request: &Request) -> Result<Answer, SessionError> {
+        use FrontEndRequest as R;
+        self.check_queue_of(request)?;
+        match request {
+            R::GetFeatures => self.offer().await,
+            R::SetFeatures(features) => self.set_features(*features).await,
+            R::GetProtocolFeatures => self.offer_protocol().await,
+            R::SetProtocolFeatures(features) => self.set_protocol_features(*features).await,
+            R::GetQueueNum => self.queue_count().await,
+            R::GetMaxMemSlots => Ok(number(MAX_SLOTS as u64)),
+            R::SetMemTable(table) => self.set_memory(table).await,
+            R::AddMemReg(region, file) => self.add_region(region, file).await,
+            R::RemMemReg(region) => self.remove_region(region).await,
+            R::SetLogBase(area, file) => self.set_log(area, file).await,
+            R::SetLogFd(descriptor) => self.set_log_signal(descriptor).await,
+            R::GetInflightFd(wanted) => self.make_inflight(wanted),
+            R::SetInflightFd(inflight, file) => self.set_inflight(inflight, file).await,
+            R::SetVringNum(state) => self.set_vring_size(state).await,
+            R::SetVringKick(file) => self.set_kick(file).await,
+            R::SetVringCall(file) => self.set_call(file).await,
+            R::SetVringErr(file) => self.set_error(file).await,
+            R::GetVringBase(state) => self.stop_vring(*state).await,
+            R::SetBackendReqFd(descriptor) => self.set_back_channel(descriptor).await,
+            R::SetDeviceStateFd(transfer, descriptor) => self.set_state_stream(*transfer, descriptor).await,
+            R::CheckDeviceState => self.check_state().await,
+            other => self.carry(other.clone()).await,
+        }
+    }
+
+    fn check_queue_of(&self, request: &Request) -> Result<(), SessionError> {
+        use FrontEndRequest as R;
+        let found = match request {
+            R::SetVringNum(VringState { index, .. })
+            | R::SetVringBase(VringState { index, .. })
+            | R::GetVringBase(VringState { index, .. })
+            | R::SetVringEnable(VringState { index, .. }) => *index,
+            R::SetVringAddr(addresses) => addresses.index,
+            R::SetVringKick(VringFile { index, .. })
+            | R::SetVringCall(VringFile { index, .. })
+            | R::SetVringErr(VringFile { index, .. }) => u32::from(*index),
+            _ => return Ok(()),
+        };
+        let count = self.appliance.doorbells.queue_count();
+        let exists = usize::try_from(found).is_ok_and(|index| index < count);
+        if exists { Ok(()) } else { Err(SessionError::Queue { found, count }) }
+    }
+
+    /// Sends a request to the agent as it is, and its answer back; or refuses it by name.
+    pub(super) async fn carry(&mut self, request: Request) -> Result<Answer, SessionError> {
         let (name, row) = (request.name(), request.row());
         let carried = match carriage::front_end(request.code()) {
             Carriage::Refused(reason) => Err(reason),
@@ -149,7 +166,7 @@ impl Relay<'_> {
         let request = match carried {
             Ok(request) => request,
             Err(reason) => {
-                tracing::warn!(session = self.session.relay.attachment, request = name, reason, "refused");
+                tracing::warn!(session = self.session.number, request = name, reason, "refused");
                 let has_reply = row.is_some_and(|row| row.reply != ReplyPayload::None);
                 let refusal = Answer::Acknowledgement(REFUSED);
                 return if has_reply { Err(SessionError::NotOffered { request: name, reason }) } else { Ok(refusal) };
@@ -157,139 +174,58 @@ impl Relay<'_> {
         };
         match self.ask(request).await? {
             FrontEndReply::Acknowledgement(value) => Ok(Answer::Acknowledgement(value)),
-            FrontEndReply::Number(value) => Ok(Answer::Reply(FrontEndReply::Number(value))),
-            FrontEndReply::VringState(state) => Ok(Answer::Reply(FrontEndReply::VringState(state))),
+            FrontEndReply::Number(value) => Ok(number(value)),
             FrontEndReply::Config(config) => Ok(Answer::Reply(FrontEndReply::Config(config))),
             _ => Err(unexpected_answer(name)),
         }
     }
 
     async fn offer(&mut self) -> Result<Answer, SessionError> {
-        let value = self.ask_number(FrontEndRequest::GetFeatures).await?;
-        self.session.relay.offered = Some(Features::from_bits_retain(value));
-        Ok(Answer::Reply(FrontEndReply::Number(value)))
+        Ok(number(self.ask_number(FrontEndRequest::GetFeatures).await?))
     }
 
     async fn set_features(&mut self, features: Features) -> Result<Answer, SessionError> {
-        check_offered(features.bits(), self.session.relay.offered.map_or(0, |offered| offered.bits()))?;
-        self.relay(FrontEndRequest::SetFeatures(features)).await
+        check_offered(features.bits(), self.session.state.offered().map_or(0, |offered| offered.bits()))?;
+        let answer = self.carry(FrontEndRequest::SetFeatures(features)).await?;
+        if !features.contains(Features::LOG_ALL) {
+            self.merge_log_tail();
+        }
+        Ok(answer)
     }
 
     async fn offer_protocol(&mut self) -> Result<Answer, SessionError> {
-        let value = self.ask_number(FrontEndRequest::GetProtocolFeatures).await?;
-        let offered = carriage::offer_protocol(ProtocolFeatures::from_bits_retain(value));
-        self.session.relay.offered_protocol = Some(offered);
-        Ok(Answer::Reply(FrontEndReply::Number(offered.bits())))
+        let back_end = self.ask_number(FrontEndRequest::GetProtocolFeatures).await?;
+        self.session.back_end_protocol = ProtocolFeatures::from_bits_retain(back_end);
+        Ok(number(carriage::offer_protocol(self.session.back_end_protocol).bits()))
     }
 
     async fn set_protocol_features(&mut self, protocol: ProtocolFeatures) -> Result<Answer, SessionError> {
-        check_offered(protocol.bits(), self.session.relay.offered_protocol.map_or(0, |offered| offered.bits()))?;
-        self.session.relay.protocol = Some(protocol);
-        self.relay(FrontEndRequest::SetProtocolFeatures(protocol.difference(carriage::OWN_PROTOCOL_FEATURES))).await
+        check_offered(protocol.bits(), self.session.state.offered_protocol().map_or(0, |offered| offered.bits()))?;
+        self.tell_protocol_features(protocol).await
+    }
+
+    /// The back-end gets what was negotiated but for what the bridge offers by itself, and with what the bridge uses by
+    /// itself.
+    pub(super) async fn tell_protocol_features(&mut self, protocol: ProtocolFeatures) -> Result<Answer, SessionError> {
+        let own = self.session.back_end_protocol.intersection(ProtocolFeatures::INFLIGHT_SHMFD);
+        let told = protocol.difference(carriage::OWN_PROTOCOL_FEATURES).union(own);
+        self.carry(FrontEndRequest::SetProtocolFeatures(told)).await
     }
 
     async fn queue_count(&mut self) -> Result<Answer, SessionError> {
         let back_end = self.ask_number(FrontEndRequest::GetQueueNum).await?;
-        let count = back_end.min(self.appliance.doorbells.queue_count() as u64);
-        Ok(Answer::Reply(FrontEndReply::Number(count)))
+        Ok(number(back_end.min(self.appliance.doorbells.queue_count() as u64)))
     }
 
-    async fn set_kick(&mut self, file: VringFile<OwnedFd>) -> Result<Answer, SessionError> {
-        let vector = self.appliance.doorbells.vector(file.index).ok_or(self.no_queue(file.index))?;
-        if outcome("SET_VRING_KICK", check_eventfd(file.descriptor.as_ref())) != 0 {
-            return Ok(Answer::Acknowledgement(REFUSED));
-        }
-        let translated = translate::vring_file(&file, Handle::Vector(vector));
-        let value = self.ask_acknowledgement(FrontEndRequest::SetVringKick(translated)).await?;
-        if value == 0 {
-            // After the answer: only then somebody listens at the vector. What was signalled before is still there.
-            let set = self.appliance.doorbells.set_kick(file.index, file.descriptor);
-            return Ok(Answer::Acknowledgement(outcome("SET_VRING_KICK", set)));
-        }
-        Ok(Answer::Acknowledgement(value))
-    }
-
-    async fn set_outward(&mut self, signal: OutwardSignal, file: VringFile<OwnedFd>) -> Result<Answer, SessionError> {
-        let peer = self.appliance.doorbells.peer(file.index, signal).ok_or(self.no_queue(file.index))?;
-        let translated = translate::vring_file(&file, Handle::Peer(peer));
-        // Before the request: the back-end may signal as soon as it has it.
-        let set = self.appliance.doorbells.set_target(file.index, signal, file.descriptor);
-        if outcome("eventfd of a vring", set) != 0 {
-            return Ok(Answer::Acknowledgement(REFUSED));
-        }
-        let request = match signal {
-            OutwardSignal::Call => FrontEndRequest::SetVringCall(translated),
-            OutwardSignal::Error => FrontEndRequest::SetVringErr(translated),
-        };
-        self.ask_acknowledgement(request).await.map(Answer::Acknowledgement)
-    }
-
-    /// The driver VM's VMM takes the vring back with the answer: no call may come later.
-    async fn stop_vring(&mut self, state: VringState) -> Result<Answer, SessionError> {
-        self.check_queue(state.index)?;
-        let answer = self.relay(FrontEndRequest::GetVringBase(state)).await?;
-        let stopped = self.appliance.doorbells.stop(state.index);
-        stopped.map_err(|source| ApplianceError::Io { what: "eventfds of a vring", source })?;
-        Ok(answer)
-    }
-
-    /// Maps what is new, tells the back-end, unmaps what is old, and only then answers.
-    async fn set_memory(&mut self, table: Vec<(MemoryRegion, OwnedFd)>) -> Result<Answer, SessionError> {
-        let session = self.session.relay.attachment;
-        let plan = match plan_table(&self.appliance.layout, &table) {
-            Ok(plan) => plan,
-            Err(error) => return Ok(refuse(session, &error)),
-        };
-        if let Err((mapped, error)) = self.map_new(&plan, &table).await? {
-            self.unmap(plan.map.get(..mapped).unwrap_or_default()).await?;
-            return Ok(refuse(session, &TableError::Refused(error)));
-        }
-        let regions: Vec<MemoryRegion> = table.iter().map(|(region, _)| *region).collect();
-        let value = self.ask_acknowledgement(translate::memory_table(&regions, &plan.offsets)).await?;
-        if value != 0 {
-            self.unmap(&plan.map).await?;
-            return Ok(refuse(session, &TableError::BackEnd(value)));
-        }
-        self.unmap(&plan.unmap).await?;
-        self.appliance.layout.commit(&plan);
-        tracing::info!(session, regions = regions.len(), files = plan.spans.len(), "driver memory is in the window");
-        Ok(Answer::Acknowledgement(0))
-    }
-
-    /// Maps the plan's new spans. The inner error says how many had been mapped when the appliance's VMM refused one.
-    async fn map_new(
+    /// Sends a request to the agent and waits for the answer.
+    pub(super) async fn ask(
         &mut self,
-        plan: &Plan,
-        table: &[(MemoryRegion, OwnedFd)],
-    ) -> Result<Result<(), (usize, ApplianceError)>, SessionError> {
-        for (index, span) in plan.map.iter().enumerate() {
-            let files = table.iter().map(|(_, file)| file);
-            let mut of_span = files.filter(|file| file_identity(file).is_ok_and(|(id, _)| id == span.file));
-            let Some(file) = of_span.next() else { continue };
-            let file =
-                file.try_clone().map_err(|source| ApplianceError::Io { what: "duplicate of a memory file", source })?;
-            match self.appliance.window.map(span, file).await {
-                Ok(()) => {}
-                Err(ApplianceError::Reset) => return Err(SessionError::WindowLost),
-                Err(error @ ApplianceError::Refused { .. }) => return Ok(Err((index, error))),
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Ok(Ok(()))
+        request: FrontEndRequest<Handle>,
+    ) -> Result<FrontEndReply<Handle>, SessionError> {
+        self.session.link.ask(&mut self.appliance.control, request, false).await
     }
 
-    async fn unmap(&mut self, spans: &[vvu_protocol::window::Span]) -> Result<(), SessionError> {
-        for span in spans {
-            match self.appliance.window.unmap(span).await {
-                Ok(()) => {}
-                Err(ApplianceError::Reset) => return Err(SessionError::WindowLost),
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Ok(())
-    }
-
-    async fn ask_number(&mut self, request: FrontEndRequest<Handle>) -> Result<u64, SessionError> {
+    pub(super) async fn ask_number(&mut self, request: FrontEndRequest<Handle>) -> Result<u64, SessionError> {
         let name = request.name();
         match self.ask(request).await? {
             FrontEndReply::Number(value) => Ok(value),
@@ -297,7 +233,7 @@ impl Relay<'_> {
         }
     }
 
-    async fn ask_acknowledgement(&mut self, request: FrontEndRequest<Handle>) -> Result<u64, SessionError> {
+    pub(super) async fn ask_acknowledgement(&mut self, request: FrontEndRequest<Handle>) -> Result<u64, SessionError> {
         let name = request.name();
         match self.ask(request).await? {
             FrontEndReply::Acknowledgement(value) => Ok(value),
@@ -305,97 +241,11 @@ impl Relay<'_> {
         }
     }
 
-    /// Sends a request to the agent and waits for the answer.
-    async fn ask(&mut self, request: FrontEndRequest<Handle>) -> Result<FrontEndReply<Handle>, SessionError> {
-        let (code, name) = (request.code(), request.name());
-        let frame = Frame::new(Channel::FrontEnd, self.session.relay.attachment, request.encode(true));
-        self.appliance.control.commands.send(&frame).await?;
-        match tokio::time::timeout(ANSWER_TIMEOUT, self.answer(code)).await {
-            Ok(reply) => reply,
-            Err(_) => Err(ApplianceError::Timeout { what: name, seconds: ANSWER_TIMEOUT.as_secs() }.into()),
-        }
-    }
-
-    async fn answer(&mut self, code: u32) -> Result<FrontEndReply<Handle>, SessionError> {
-        loop {
-            tokio::select! {
-                // An answer that has come counts, even if the back-end went down right after it.
-                biased;
-                frame = self.appliance.control.recv() => {
-                    let frame = frame?;
-                    if frame.session == self.session.relay.attachment && frame.channel == Channel::FrontEnd {
-                        let decoded = FrontEndReply::decode(code, frame.message);
-                        return decoded.map_err(|source| ApplianceError::Decode { device: "control", source }.into());
-                    }
-                    self.unasked(frame).await?;
-                }
-                lost = lost(&mut self.session.relay.watch) => return Err(lost),
-            }
-        }
-    }
-
-    /// A frame that answers nothing: of an earlier session, or a request of the back-end, which is not offered.
-    async fn unasked(&mut self, frame: Frame) -> Result<(), SessionError> {
-        if frame.session != self.session.relay.attachment {
-            tracing::debug!(
-                session = self.session.relay.attachment,
-                of = frame.session,
-                "dropped a frame of another session"
-            );
-            return Ok(());
-        }
-        let code = frame.message.header.request;
-        if frame.channel == Channel::FrontEnd || frame.message.header.is_reply {
-            let request = "an answer nobody waits for";
-            return Err(ApplianceError::Request { device: "control", request }.into());
-        }
-        let message = BackEndReply::Acknowledgement(REFUSED).encode(code);
-        let reply = Frame::new(Channel::BackEnd, self.session.relay.attachment, message);
-        Ok(self.appliance.control.commands.send(&reply).await?)
-    }
-
-    fn check_queue(&self, index: u32) -> Result<(), SessionError> {
-        let count = self.appliance.doorbells.queue_count();
-        let known = usize::try_from(index).is_ok_and(|index| index < count);
-        if known { Ok(()) } else { Err(SessionError::Queue { found: index, count }) }
-    }
-
-    fn no_queue(&self, index: u8) -> SessionError {
-        SessionError::Queue { found: u32::from(index), count: self.appliance.doorbells.queue_count() }
-    }
-}
-
-/// What a session cannot live without, since its beginning: the back-end and the mappings.
-#[derive(Debug)]
-struct ApplianceWatch {
-    control: watch::Receiver<ControlState>,
-    downs: u64,
-    window: watch::Receiver<WindowState>,
-    losses: u64,
-}
-
-impl ApplianceWatch {
-    fn new(appliance: &mut Appliance) -> Self {
-        let losses = appliance.window.begin();
-        let (control, window) = (appliance.control.state(), appliance.window.state());
-        let downs = control.borrow().downs;
-        Self { control, downs, window, losses }
-    }
-
-    /// Waits until one of them has gone, if only for a moment. May be cancelled.
-    async fn lost(&mut self) -> SessionError {
-        // If the task that sends a state is gone, so is what it stands for.
-        tokio::select! {
-            _ = self.control.wait_for(|state| state.downs != self.downs) => SessionError::BackEndDown,
-            _ = self.window.wait_for(|state| state.losses != self.losses) => SessionError::WindowLost,
-        }
-    }
-}
-
-async fn lost(watch: &mut Option<ApplianceWatch>) -> SessionError {
-    match watch {
-        Some(watch) => watch.lost().await,
-        None => SessionError::BackEndDown,
+    /// Refuses a request, and says why in the log.
+    pub(super) fn refuse(&self, what: &'static str, error: impl Into<anyhow::Error>) -> Answer {
+        let error = error.into();
+        tracing::warn!(session = self.session.number, what, "refused: {error:#}");
+        Answer::Acknowledgement(REFUSED)
     }
 }
 
@@ -404,32 +254,10 @@ fn check_offered(found: u64, offered: u64) -> Result<(), SessionError> {
     if surplus == 0 { Ok(()) } else { Err(SessionError::Features { found, surplus }) }
 }
 
-fn unexpected_answer(request: &'static str) -> SessionError {
+pub(super) const fn number(value: u64) -> Answer {
+    Answer::Reply(FrontEndReply::Number(value))
+}
+
+pub(super) fn unexpected_answer(request: &'static str) -> SessionError {
     ApplianceError::Request { device: "control", request }.into()
-}
-
-fn refuse(session: u32, error: &TableError) -> Answer {
-    let cause = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
-    tracing::warn!(session, %error, cause, "refused");
-    Answer::Acknowledgement(REFUSED)
-}
-
-fn outcome(what: &'static str, result: Result<(), EventError>) -> u64 {
-    match result {
-        Ok(()) => 0,
-        Err(error) => {
-            tracing::warn!(what, %error, "refused");
-            REFUSED
-        }
-    }
-}
-
-fn plan_table(layout: &Layout, table: &[(MemoryRegion, OwnedFd)]) -> Result<Plan, TableError> {
-    let regions: Vec<MemoryRegion> = table.iter().map(|(region, _)| *region).collect();
-    check_table(&regions, MAX_TABLE_REGIONS)?;
-    let entries = table.iter().map(|(region, file)| {
-        let (file, file_len) = file_identity(file).map_err(TableError::File)?;
-        Ok(RegionOfFile { region: *region, file, file_len })
-    });
-    Ok(layout.plan(&entries.collect::<Result<Vec<_>, TableError>>()?)?)
 }

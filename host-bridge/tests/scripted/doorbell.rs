@@ -38,8 +38,8 @@ impl Doorbell {
             let (0, Some(vector)) = doorbell.message().await else { panic!("expected a vector") };
             doorbell.vectors.push(Event::new(vector).unwrap());
         }
-        // A call and an error for each queue.
-        for _ in 0..2 * QUEUES {
+        // A call and an error for each queue, and updates of the dirty log.
+        for _ in 0..=2 * QUEUES {
             let (id, Some(peer)) = doorbell.message().await else { panic!("expected a peer") };
             doorbell.peers.push((u16::try_from(id).unwrap(), peer));
         }

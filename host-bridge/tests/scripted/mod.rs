@@ -139,7 +139,9 @@ impl Scene {
     pub(crate) async fn negotiate(&mut self, front_end: &mut FrontEnd) {
         let agent = &mut self.agent;
         exchange(front_end, agent, FrontEndRequest::GetFeatures, FrontEndReply::Number(u64::MAX)).await;
-        exchange(front_end, agent, FrontEndRequest::GetProtocolFeatures, FrontEndReply::Number(u64::MAX)).await;
+        // Without INFLIGHT_SHMFD, which the bridge would use by itself.
+        let protocol = ProtocolFeatures::all().difference(ProtocolFeatures::INFLIGHT_SHMFD).bits();
+        exchange(front_end, agent, FrontEndRequest::GetProtocolFeatures, FrontEndReply::Number(protocol)).await;
         front_end.send(FrontEndRequest::SetProtocolFeatures(PROTOCOL), false).await;
         agent.request().await;
         agent.answer(FrontEndReply::Acknowledgement(0)).await;
