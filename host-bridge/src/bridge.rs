@@ -53,7 +53,12 @@ async fn serve_until_told(options: Options) -> anyhow::Result<()> {
     }
 }
 
-async fn serve(options: Options) -> anyhow::Result<()> {
+/// Serves until the only front-end that it was given is gone, else for ever. Needs a tokio `LocalSet`, whose clock is all the
+/// time there is; simulations run it beside the other parts.
+///
+/// # Errors
+/// As [`run`].
+pub async fn serve(options: Options) -> anyhow::Result<()> {
     let directory = options.appliance_dir.context("--appliance-dir is missing")?;
     let uuid = options.uuid.unwrap_or_else(Uuid::new_v4);
     let layout = Layout::new(options.window)?;
