@@ -18,8 +18,10 @@ pub const PROTOCOL_FEATURES: ProtocolFeatures = ProtocolFeatures::MQ
     .union(ProtocolFeatures::DEVICE_STATE)
     .union(ProtocolFeatures::GET_VRING_BASE_INFLIGHT);
 
-/// Protocol features that the bridge offers by itself, whatever the back-end does: the agent answers every request.
-pub const OWN_PROTOCOL_FEATURES: ProtocolFeatures = ProtocolFeatures::REPLY_ACK;
+/// Protocol features that the bridge offers by itself, whatever the back-end does: the agent answers every request, and keeps
+/// the list of memory slots.
+pub const OWN_PROTOCOL_FEATURES: ProtocolFeatures =
+    ProtocolFeatures::REPLY_ACK.union(ProtocolFeatures::CONFIGURE_MEM_SLOTS);
 
 /// What a front-end is offered of a back-end's protocol features.
 #[must_use]
@@ -45,7 +47,6 @@ pub enum Carriage {
 use Carriage::{Answered, Carried, Masked, Refused, Translated};
 
 const NO_INBAND: &str = "INBAND_NOTIFICATIONS is not offered: eventfds do the same without a message";
-const NO_SLOTS: &str = "CONFIGURE_MEM_SLOTS is not offered";
 const NO_POSTCOPY: &str = "postcopy: a userfaultfd serves one host's page tables, not another VM's";
 const NO_SHARED_OBJECTS: &str = "shared objects are dma-bufs of the host";
 
@@ -55,14 +56,13 @@ pub const fn front_end(code: u32) -> Carriage {
     match code {
         1 | 2 | 15 | 16 | 17 => Masked,
         3 | 4 | 8..=11 | 18..=20 | 22 | 24 | 25 | 34 | 39 | 40 | 43 => Carried,
-        5..=7 | 12..=14 | 21 | 32 | 42 => Translated,
-        31 => Answered,
+        5..=7 | 12..=14 | 21 | 32 | 37 | 38 | 42 => Translated,
+        31 | 36 => Answered,
         23 => Refused("CROSS_ENDIAN is not offered: legacy devices of the other byte order"),
         26 | 27 => Refused("crypto sessions have no fixed form on the wire"),
         28..=30 => Refused(NO_POSTCOPY),
         33 => Refused("the display's socket cannot cross"),
         35 => Refused(NO_INBAND),
-        36..=38 => Refused(NO_SLOTS),
         41 => Refused(NO_SHARED_OBJECTS),
         44 => Refused("shared memory regions of the device lie in the driver VM's VMM"),
         _ => Refused("not known"),
@@ -104,10 +104,10 @@ mod tests {
     #[test]
     fn masks_are_made_of_bits_and_not_of_bit_numbers() {
         let all = ProtocolFeatures::from_bits_retain(u64::MAX);
-        let bits = [0, 1, 2, 3, 4, 5, 9, 12, 13, 16, 19, 20];
+        let bits = [0, 1, 2, 3, 4, 5, 9, 12, 13, 15, 16, 19, 20];
         let expected = bits.iter().fold(0, |bits, bit| bits | (1 << bit));
         assert_eq!(offer_protocol(all).bits(), expected);
-        assert_eq!(offer_protocol(ProtocolFeatures::empty()).bits(), 1 << 3);
+        assert_eq!(offer_protocol(ProtocolFeatures::empty()).bits(), 1 << 3 | 1 << 15);
     }
 
     #[test]

@@ -37,6 +37,10 @@ pub enum FrontEndReply<F> {
     Bytes(Vec<u8>),
 }
 
+/// Requests whose number is an acknowledgement.
+const IOTLB_MSG: u32 = 22;
+const CHECK_DEVICE_STATE: u32 = 43;
+
 /// Longest reply to SET_LOG_BASE that is read, in bytes.
 const LOG_BASE_REPLY_MAX: usize = 16;
 
@@ -108,6 +112,21 @@ impl<F> FrontEndReply<F> {
         };
         reader.finish()?;
         Ok(reply)
+    }
+
+    /// What the request with code `request` is refused with between the VMs: as the specification has it, or where it has no
+    /// way to refuse, a reply without payload.
+    #[must_use]
+    pub fn refusal(request: u32) -> Self {
+        const REFUSED: u64 = 1;
+        const NO_DESCRIPTOR: u64 = 0x100;
+        match row(&FRONT_END_REQUESTS, request).map_or(ReplyPayload::None, |row| row.reply) {
+            ReplyPayload::None => Self::Acknowledgement(REFUSED),
+            ReplyPayload::Number if matches!(request, IOTLB_MSG | CHECK_DEVICE_STATE) => Self::Number(REFUSED),
+            ReplyPayload::Config => Self::Config(None),
+            ReplyPayload::DeviceState => Self::DeviceState(NO_DESCRIPTOR | REFUSED, None),
+            _ => Self::Bytes(Vec::new()),
+        }
     }
 
     /// Writes the reply to the request with code `request`.

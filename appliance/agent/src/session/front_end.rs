@@ -30,8 +30,7 @@ use crate::window::Window;
 /// How long a back-end may take to answer a request: as long as its slowest disk may keep GET_VRING_BASE waiting.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What a refused request is answered with: "anything else" than 0 (control profile, "Frame", rule 2). A bridge that waits for
-/// a reply of another form ends the session, which is right for a request that it should not have sent.
+/// What a refused request is answered with: "anything else" than 0 (control profile, "Frame", rule 2).
 pub(super) const REFUSED: u64 = 1;
 
 /// Reply to SET_DEVICE_STATE_FD that says: done, use the descriptor that you have.
@@ -130,7 +129,7 @@ impl<'a, D: Doorbell> FrontEndTask<'a, D> {
             Ok(reply) => reply,
             Err(Failure::Refused(refusal)) => {
                 self.refusals.log(code, name, &refusal);
-                FrontEndReply::Acknowledgement(REFUSED)
+                FrontEndReply::refusal(code)
             }
             Err(Failure::Ended(end)) => return Err(end),
         };
