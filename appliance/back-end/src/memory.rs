@@ -1,7 +1,7 @@
 //! Memory of the driver VM: the table that the front-end announces, mapped.
 //!
 //! The session's [`MemoryTable`] changes; rings and requests work on a [`Memory`], a snapshot that never does. A region is
-//! unmapped when the last snapshot that has it is gone. Hence a request in flight keeps what it works on, and the session
+//! unmapped when the last snapshot that has it is gone; one that the next table has again stays mapped. Hence a request in flight keeps what it works on, and the session
 //! can wait until nothing of a region is left before it tells the front-end so ([`Removed::wait`]).
 
 use std::fs::File;
@@ -66,7 +66,8 @@ struct Region {
 }
 
 impl Region {
-    fn map(description: MemoryRegion, file: OwnedFd) -> Result<Self, TableError> {
+    /// Maps a region, unless `known` has it: what shows the same bytes at the same place is the same mapping.
+    fn map(description: MemoryRegion, file: OwnedFd, known: &[Self]) -> Result<Self, TableError> {
         let MemoryRegion { guest_address, size, mmap_offset, .. } = description;
         let failed = |source| TableError::Map { guest_address, source };
         let stat = rustix::fs::fstat(&file).map_err(|errno| failed(errno.into()))?;
@@ -76,17 +77,16 @@ impl Region {
                 return Err(TableError::ShortFile { guest_address, file_len, end });
             }
         }
+        let file_id = (stat.st_dev, stat.st_ino);
+        if let Some(same) = known.iter().find(|region| region.description == description && region.file == file_id) {
+            return Ok(same.clone());
+        }
         let len = usize::try_from(size).map_err(|_too_large| failed(io::ErrorKind::OutOfMemory.into()))?;
         let mapping = MmapRegion::from_file(FileOffset::new(File::from(file), mmap_offset.0), len)
             .map_err(|error| failed(io::Error::other(error)))?;
         let mapping = Mapping::new(mapping, GuestAddress(guest_address.0))
             .ok_or(MemoryError::Overflow { guest_address, size })?;
-        Ok(Self { description, file: (stat.st_dev, stat.st_ino), mapping: Arc::new(mapping) })
-    }
-
-    /// The two show the same bytes at the same place.
-    fn is_same(&self, other: &Self) -> bool {
-        self.description == other.description && self.file == other.file
+        Ok(Self { description, file: file_id, mapping: Arc::new(mapping) })
     }
 }
 
@@ -200,8 +200,8 @@ impl MemoryTable {
     pub(crate) fn replace(&mut self, table: Vec<(MemoryRegion, OwnedFd)>) -> Result<Removed, TableError> {
         let descriptions = table.iter().map(|(description, _)| *description).collect::<Vec<_>>();
         check_table(&descriptions, MAX_MEMORY_SLOTS)?;
-        let regions =
-            table.into_iter().map(|(description, file)| Region::map(description, file)).collect::<Result<_, _>>()?;
+        let map = |(description, file)| Region::map(description, file, &self.regions);
+        let regions = table.into_iter().map(map).collect::<Result<_, _>>()?;
         Ok(self.change(regions, false))
     }
 
@@ -211,7 +211,7 @@ impl MemoryTable {
         descriptions.push(description);
         check_table(&descriptions, MAX_MEMORY_SLOTS)?;
         let mut regions = self.regions.clone();
-        regions.push(Region::map(description, file)?);
+        regions.push(Region::map(description, file, &[])?);
         Ok(self.change(regions, false))
     }
 
@@ -233,7 +233,7 @@ impl MemoryTable {
         let former = std::mem::replace(&mut self.regions, regions);
         let gone = former
             .iter()
-            .filter(|region| !self.regions.iter().any(|kept| kept.is_same(region)))
+            .filter(|region| !self.regions.iter().any(|kept| Arc::ptr_eq(&kept.mapping, &region.mapping)))
             .map(|region| Arc::downgrade(&region.mapping))
             .collect();
         self.snapshot = Arc::new(Memory::new(&self.regions, is_between_changes, &self.releases));
