@@ -1,4 +1,4 @@
-//! The two children of a run: spawned, watched, ended in bounded time.
+//! A child of a run: spawned, watched, ended in bounded time.
 
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
@@ -7,8 +7,10 @@ use anyhow::Context;
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::process::Command;
 
-use crate::events::{Output, Source};
+use crate::ending::Death;
+use crate::events::Source;
 use crate::log_follow::Log;
+use crate::output::Output;
 use crate::parent_death::die_with_parent;
 
 /// Longest wait for the rest of a dead child's output.
@@ -26,7 +28,8 @@ pub(crate) struct Child {
 
 impl Child {
     /// Starts `command` in a process group of its own, so that a Ctrl-C reaches `vvu` alone, which then ends its
-    /// children in order. Standard error is followed as `stderr`, standard output as `stdout` if it has a source.
+    /// children in order. Standard error is followed as `stderr`, standard output as `stdout` if it has a source. Standard
+    /// input is what `command` says.
     ///
     /// # Errors
     /// The program cannot be started.
@@ -37,7 +40,7 @@ impl Child {
         stdout: Option<Source>,
         output: &Output,
     ) -> anyhow::Result<Self> {
-        command.stdin(Stdio::null()).stderr(Stdio::piped()).process_group(0).kill_on_drop(true);
+        command.stderr(Stdio::piped()).process_group(0).kill_on_drop(true);
         command.stdout(if stdout.is_some() { Stdio::piped() } else { Stdio::null() });
         die_with_parent(&mut command);
         let program = command.as_std().get_program().to_owned();
@@ -69,18 +72,37 @@ impl Child {
         Ok(status)
     }
 
-    /// Asks the child to end with SIGTERM and kills it if it has not ended after `grace`.
-    ///
-    /// # Errors
-    /// The system does not tell the child's state.
-    pub(crate) async fn end(&mut self, grace: Duration) -> anyhow::Result<ExitStatus> {
-        if let Some(status) = self.status {
-            return Ok(status);
+    /// Asks the child to end with SIGTERM.
+    pub(crate) fn terminate(&self) {
+        if self.status.is_some() {
+            return;
         }
         if let Some(pid) = i32::try_from(self.pid).ok().and_then(Pid::from_raw) {
             // The child has not been waited for, so the id is still its own; a failure means that it has just ended.
             let _ = kill_process(pid, Signal::TERM);
         }
+    }
+
+    /// Kills the child; that it has gone is told by [`Child::exited`].
+    pub(crate) fn start_kill(&mut self) {
+        // Fails only if the child was waited for already.
+        let _ = self.process.start_kill();
+    }
+
+    /// Asks the child to end with SIGTERM and kills it if it has not ended after `grace`.
+    ///
+    /// # Errors
+    /// The system does not tell the child's state.
+    pub(crate) async fn end(&mut self, grace: Duration) -> anyhow::Result<ExitStatus> {
+        self.terminate();
+        self.ended_within(grace).await
+    }
+
+    /// Waits for the child's end and kills it if it has not ended after `grace`.
+    ///
+    /// # Errors
+    /// The system does not tell the child's state.
+    pub(crate) async fn ended_within(&mut self, grace: Duration) -> anyhow::Result<ExitStatus> {
         match tokio::time::timeout(grace, self.exited()).await {
             Ok(result) => result,
             Err(_) => self.kill().await,
@@ -92,9 +114,13 @@ impl Child {
     /// # Errors
     /// The system does not tell the child's state.
     pub(crate) async fn kill(&mut self) -> anyhow::Result<ExitStatus> {
-        // Fails only if the child was waited for already.
-        let _ = self.process.start_kill();
+        self.start_kill();
         self.exited().await
+    }
+
+    /// How the child went, once it has; waits for the rest of its output.
+    pub(crate) async fn death(&mut self, status: ExitStatus) -> Death {
+        Death::Ended { status, last_lines: self.last_lines().await }
     }
 
     /// The child's last lines once it has ended, oldest first.
@@ -117,7 +143,7 @@ mod tests {
     fn shell(script: &str) -> Child {
         let mut command = Command::new("/bin/sh");
         command.args(["-c", script]);
-        Child::spawn("shell", command, Source::Bridge, Some(Source::Appliance), &Output::discard()).unwrap()
+        Child::spawn("shell", command, Source::Bridge, Some(Source::Bridge), &Output::discard()).unwrap()
     }
 
     #[tokio::test]

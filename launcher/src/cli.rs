@@ -7,6 +7,7 @@ use vvu_appliance_config::{MAX_QUEUES, MAX_SERIAL_LEN};
 use vvu_protocol::window;
 
 use crate::accel::AccelChoice;
+use crate::restart_policy::RestartLimit;
 use crate::size::{GIB, MIB, Size};
 
 /// Window of a device whose operator names none.
@@ -36,6 +37,14 @@ pub(crate) enum Command {
     /// Serve one device until SIGINT or SIGTERM
     #[command(subcommand)]
     Run(Device),
+    /// Tell the state of a running device
+    Status(StatusArgs),
+    /// Replace the appliance VM of a running device by one from another image, while the driver VM goes on
+    Upgrade(UpgradeArgs),
+    /// Replace the appliance VM of a running device by a new one from the same image, while the driver VM goes on
+    Restart(RestartArgs),
+    /// Change the size of a running device's disk
+    Resize(ResizeArgs),
     /// Test whether this host can serve devices, with a remedy for each shortcoming; exit code 0 only if it can
     Check(CheckArgs),
 }
@@ -44,7 +53,7 @@ pub(crate) enum Command {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Device {
     /// A virtio block device backed by a raw image file or a block device
-    Blk(BlkArgs),
+    Blk(Box<BlkArgs>),
 }
 
 /// Options of `vvu run blk`.
@@ -58,9 +67,26 @@ pub(crate) struct BlkArgs {
     #[arg(long, value_name = "PATH")]
     pub(crate) socket: PathBuf,
 
+    /// Where `vvu status` and the other commands find this run; a stale socket is replaced [default: SOCKET.ctl]
+    #[arg(long, value_name = "PATH")]
+    pub(crate) control: Option<PathBuf>,
+
+    /// Whether an appliance VM or a bridge that dies after the device was ready is started again
+    #[arg(long, value_name = "WHEN", default_value = "always")]
+    pub(crate) restart: RestartChoice,
+
+    /// End the run instead when more restarts than N within SECONDS would be needed
+    #[arg(long, value_name = "N/SECONDS", default_value = "5/60")]
+    pub(crate) restart_limit: RestartLimit,
+
     /// Open the image read-only and refuse every write
     #[arg(long)]
     pub(crate) read_only: bool,
+
+    /// Do not lock the image, so that a second vvu can have it open for a live migration of the driver VM; you promise that
+    /// nothing else opens it, and that one of the two VMs at most runs at any time
+    #[arg(long)]
+    pub(crate) share_image: bool,
 
     /// Serve the image's bytes as they are even if they look like a disk container such as qcow2
     #[arg(long, value_name = "FORMAT")]
@@ -94,6 +120,10 @@ pub(crate) struct BlkArgs {
     #[arg(long, value_name = "DIR")]
     pub(crate) appliance: Option<PathBuf>,
 
+    /// Further words for the kernel command line of the appliance VM, for debugging
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) append: Option<String>,
+
     /// QEMU 11 or newer for the appliance VM [default: $VVU_QEMU, else qemu-system-x86_64 on PATH]
     #[arg(long, value_name = "PATH")]
     pub(crate) qemu: Option<PathBuf>,
@@ -113,6 +143,70 @@ pub(crate) struct BlkArgs {
     /// Print one JSON object per line on standard output instead of text
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// Which run a command is about, and how it answers.
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    /// The vhost-user socket of the device, as given to vvu run
+    pub(crate) socket: PathBuf,
+
+    /// The control socket of the run, if it was started with --control [default: SOCKET.ctl]
+    #[arg(long, value_name = "PATH")]
+    pub(crate) control: Option<PathBuf>,
+
+    /// Print JSON, one object per line, instead of text
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Options of `vvu status`.
+#[derive(Debug, Args)]
+pub(crate) struct StatusArgs {
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+}
+
+/// Options of `vvu upgrade`.
+#[derive(Debug, Args)]
+pub(crate) struct UpgradeArgs {
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+
+    /// Directory of the new appliance image, used for restarts as well from then on [default: the one in use, read anew]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) appliance: Option<PathBuf>,
+}
+
+/// Options of `vvu restart`.
+#[derive(Debug, Args)]
+pub(crate) struct RestartArgs {
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+}
+
+/// Options of `vvu resize`.
+#[derive(Debug, Args)]
+pub(crate) struct ResizeArgs {
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+
+    /// New size of the disk, a multiple of 512 bytes; K, M, G, T are powers of 1024. A file is made that large; a block
+    /// device must have the size already
+    pub(crate) size: Size,
+
+    /// Cut the file off if it is larger; what lies behind the new end is lost
+    #[arg(long)]
+    pub(crate) shrink: bool,
+}
+
+/// When to restart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum RestartChoice {
+    /// Within the limit.
+    Always,
+    /// The run ends with the first death.
+    Never,
 }
 
 /// Options of `vvu check`.
@@ -186,6 +280,7 @@ mod tests {
         let cli = Cli::parse_from(["vvu", "run", "blk", "--image", "d.img", "--socket", "d.sock"]);
         let Command::Run(Device::Blk(args)) = cli.command else { panic!("not blk") };
         assert_eq!((args.queues, args.cpus, args.window, args.memory), (1, 1, Size(4 * GIB), None));
+        assert_eq!((args.restart, args.restart_limit), (RestartChoice::Always, "5/60".parse().unwrap()));
         assert_eq!((args.accel, args.read_only, args.json), (AccelChoice::Auto, false, false));
     }
 
@@ -204,6 +299,8 @@ mod tests {
             ["--serial", ""],
             ["--accel", "hvf"],
             ["--format", "qcow2"],
+            ["--restart", "sometimes"],
+            ["--restart-limit", "0/60"],
         ] {
             let arguments = ["vvu", "run", "blk", "--image", "d.img", "--socket", "d.sock", bad[0], bad[1]];
             assert!(Cli::try_parse_from(arguments).is_err(), "{bad:?}");

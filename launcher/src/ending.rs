@@ -1,19 +1,60 @@
 //! How a run ended: the reason, one line for the operator, the exit code.
 
+use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 use std::time::Duration;
 
 use crate::events::Event;
 
 /// Failures that QEMU reports in its own words, and what they mean for the operator.
-const KNOWN_FAILURES: [(&str, &str); 3] = [
-    ("Failed to get \"write\" lock", "the image is in use by another process; end that one, or give both --read-only"),
-    ("Failed to get shared \"write\" lock", "the image is in use by another process; end that one"),
-    ("Cannot allocate memory", "the host has too little memory; lower --memory or --window"),
-];
+const KNOWN_FAILURES: [(&str, &str); 1] =
+    [("Cannot allocate memory", "the host has too little memory; lower --memory or --window")];
+
+/// Signal number of SIGKILL (signal(7)).
+const SIGKILL: i32 = 9;
 
 /// How the appliance's kernel begins its last words.
 const PANIC: &str = "Kernel panic - not syncing";
+
+/// How a child went.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Death {
+    /// It ran and ended.
+    Ended {
+        /// Its exit code or signal.
+        status: ExitStatus,
+        /// The last lines that it wrote, oldest first.
+        last_lines: Vec<String>,
+    },
+    /// It could not be started, for this reason.
+    NotStarted(String),
+}
+
+impl Death {
+    /// Whether a signal ended it.
+    pub(crate) fn is_by_signal(&self) -> bool {
+        self.signal().is_some()
+    }
+
+    /// Whether it was killed and did not go by itself.
+    pub(crate) fn is_by_sigkill(&self) -> bool {
+        self.signal() == Some(SIGKILL)
+    }
+
+    fn into_last_lines(self) -> Vec<String> {
+        match self {
+            Self::Ended { last_lines, .. } => last_lines,
+            Self::NotStarted(message) => vec![message],
+        }
+    }
+
+    fn signal(&self) -> Option<i32> {
+        match self {
+            Self::Ended { status, .. } => status.signal(),
+            Self::NotStarted(_) => None,
+        }
+    }
+}
 
 /// The end of a run.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,19 +87,27 @@ impl Ending {
     }
 
     /// A step took longer than its limit.
-    pub(crate) fn not_ready(what: &str, limit: Duration, last_lines: Vec<String>) -> Self {
-        Self::failure("not-ready", format!("{what} after {} s", limit.as_secs()), last_lines)
+    pub(crate) fn not_ready(what: &str, limit: Duration, death: Death) -> Self {
+        Self::failure("not-ready", format!("{what} after {} s", limit.as_secs()), death.into_last_lines())
     }
 
     /// The bridge ended by itself.
-    pub(crate) fn bridge_ended(status: ExitStatus, had_appliance: bool, last_lines: Vec<String>) -> Self {
+    pub(crate) fn bridge_ended(death: Death, had_appliance: bool) -> Self {
+        let (status, last_lines) = match death {
+            Death::Ended { status, last_lines } => (status, last_lines),
+            Death::NotStarted(message) => return Self::not_started(message),
+        };
         let consequence = if had_appliance { "its appliance VM was killed" } else { "no appliance VM was started" };
         let message = format!("the bridge ended ({status}), {consequence}");
         Self::failure("bridge-ended", message, last_lines)
     }
 
     /// The appliance VM ended by itself.
-    pub(crate) fn appliance_ended(status: ExitStatus, last_lines: Vec<String>) -> Self {
+    pub(crate) fn appliance_ended(death: Death) -> Self {
+        let (status, last_lines) = match death {
+            Death::Ended { status, last_lines } => (status, last_lines),
+            Death::NotStarted(message) => return Self::not_started(message),
+        };
         let panic = last_lines.iter().find_map(|line| line.find(PANIC).and_then(|at| line.get(at..)));
         let known = KNOWN_FAILURES.iter().find(|(text, _)| last_lines.iter().any(|line| line.contains(text)));
         let message = match known.map(|(_, meaning)| *meaning).or(panic) {
@@ -66,6 +115,29 @@ impl Ending {
             None => format!("the appliance VM ended ({status})"),
         };
         Self::failure("appliance-ended", message, last_lines)
+    }
+
+    /// The bridge had dropped the appliance VM, which was killed for it.
+    pub(crate) fn appliance_given_up(death: Death) -> Self {
+        let message = "the bridge gave the appliance VM up, which was killed".to_owned();
+        Self::failure("appliance-ended", message, death.into_last_lines())
+    }
+
+    /// The same ending with a further remark in its message.
+    pub(crate) fn with_remark(mut self, remark: &str) -> Self {
+        self.message.push_str("; ");
+        self.message.push_str(remark);
+        self
+    }
+
+    /// What happened, in one line.
+    pub(crate) fn message(&self) -> &str {
+        &self.message
+    }
+
+    /// What happened, in one line, and the last lines of whoever died, oldest first.
+    pub(crate) fn into_words(self) -> (String, Vec<String>) {
+        (self.message, self.last_lines)
     }
 
     /// The exit code of `vvu`.
@@ -77,6 +149,11 @@ impl Ending {
     pub(crate) fn into_event(self) -> Event {
         let Self { reason, message, exit_code, last_lines } = self;
         Event::Ended { reason, message, exit_code, last_lines }
+    }
+
+    /// A child could not even be started.
+    fn not_started(message: String) -> Self {
+        Self::failure("failed", message, Vec::new())
     }
 
     fn failure(reason: &'static str, message: String, last_lines: Vec<String>) -> Self {
@@ -91,9 +168,11 @@ fn one_line(error: &anyhow::Error) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::process::ExitStatusExt;
-
     use super::*;
+
+    fn ended(status: i32, last_lines: Vec<String>) -> Death {
+        Death::Ended { status: ExitStatus::from_raw(status), last_lines }
+    }
 
     #[test]
     fn a_signal_is_success_only_after_ready() {
@@ -103,14 +182,14 @@ mod tests {
 
     #[test]
     fn a_death_is_explained_where_its_last_words_tell() {
-        let lines = vec!["qemu: -device {...}: Failed to get \"write\" lock".to_owned()];
-        let ending = Ending::appliance_ended(ExitStatus::from_raw(1 << 8), lines);
-        assert!(ending.message.contains("in use by another process"), "{}", ending.message);
+        let lines = vec!["qemu: cannot set up guest memory 'ram': Cannot allocate memory".to_owned()];
+        let ending = Ending::appliance_ended(ended(1 << 8, lines));
+        assert!(ending.message.contains("too little memory"), "{}", ending.message);
         let lines =
             vec!["[    5.7] Kernel panic - not syncing: no init".to_owned(), "[    5.8] Call Trace:".to_owned()];
-        let panic = Ending::appliance_ended(ExitStatus::from_raw(0), lines);
+        let panic = Ending::appliance_ended(ended(0, lines));
         assert_eq!(panic.message, "the appliance VM ended (exit status: 0): Kernel panic - not syncing: no init");
-        let unknown = Ending::appliance_ended(ExitStatus::from_raw(9), vec![]);
+        let unknown = Ending::appliance_ended(ended(9, vec![]));
         assert_eq!(unknown.message, "the appliance VM ended (signal: 9 (SIGKILL))");
     }
 

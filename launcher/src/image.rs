@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 /// Unit of a virtio block device's capacity in bytes (virtio 1.3, section 5.2.4).
-const SECTOR_BYTES: u32 = 512;
+pub(crate) const SECTOR_BYTES: u32 = 512;
 
 /// Physical block size announced for files, in bytes: a page, below which every file system does extra work.
 const FILE_PHYSICAL_BLOCK_BYTES: u32 = 4096;

@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::task::JoinHandle;
 
-use crate::events::{Output, Source};
+use crate::events::Source;
+use crate::output::Output;
 
 /// Longest line that is passed on, in bytes; what follows up to the line's end is dropped.
 const MAX_LINE_BYTES: usize = 1024;
@@ -276,7 +277,7 @@ mod tests {
     async fn the_tail_holds_the_last_lines_also_of_a_flood() {
         let text = (0..BURST_LINES + 100).map(|number| format!("line {number}\n")).collect::<String>();
         let output = Output::discard();
-        let mut log = Log::follow(std::io::Cursor::new(text.into_bytes()), Source::Appliance, output);
+        let mut log = Log::follow(std::io::Cursor::new(text.into_bytes()), Source::Bridge, output);
         log.drain(Duration::from_secs(10)).await;
         let tail = log.tail();
         assert_eq!(tail.len(), TAIL_LINES);

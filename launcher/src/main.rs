@@ -1,7 +1,8 @@
 //! `vvu`: the operator's command.
 //!
-//! It serves one virtio device from an appliance VM (`vvu run`) and tells whether a host can (`vvu check`). Operators and
-//! service managers use it; so does the project's demo, as everybody else would.
+//! It serves one virtio device from an appliance VM (`vvu run`), acts on a device that runs (`vvu status`, `upgrade`,
+//! `restart`, `resize`) and tells whether a host can serve one (`vvu check`). Operators and service managers use it; so does
+//! the project's demo, as everybody else would.
 //!
 //! What it never does: it touches no driver VM memory, speaks no vhost-user, parses no disk image beyond the first bytes
 //! that tell a container format, and decides nothing about the device: that is the bridge's and the appliance's.
@@ -13,23 +14,36 @@ mod accel;
 mod check;
 mod children;
 mod cli;
+mod control;
+mod control_socket;
 mod ending;
 mod events;
+mod fleet;
 mod host_checks;
 mod image;
+mod image_lock;
+mod inherit;
+mod log_files;
 mod log_follow;
 mod manifest;
 mod notify;
+mod ofd_lock;
+mod operator;
+mod output;
 mod parent_death;
 mod plan;
 mod probe;
 mod programs;
 mod qemu_args;
+mod qmp;
+mod resize;
+mod restart_policy;
 mod run;
 mod runtime_dir;
 mod signals;
 mod size;
 mod socket_path;
+mod supervisor;
 mod vmm_lines;
 
 use std::process::ExitCode;
@@ -41,12 +55,17 @@ use tokio::runtime::Runtime;
 
 use crate::cli::{BlkArgs, Cli, Command, Device};
 use crate::ending::Ending;
-use crate::events::{LogFiles, Output};
+use crate::log_files::LogFiles;
+use crate::output::Output;
 
 fn main() -> ExitCode {
     let started = Instant::now();
     let result = match Cli::parse().command {
         Command::Run(Device::Blk(args)) => run_blk(&args, started),
+        Command::Status(args) => runtime().and_then(|runtime| runtime.block_on(operator::status(&args.run))),
+        Command::Upgrade(args) => runtime().and_then(|runtime| runtime.block_on(operator::upgrade(&args))),
+        Command::Restart(args) => runtime().and_then(|runtime| runtime.block_on(operator::restart(&args.run))),
+        Command::Resize(args) => runtime().and_then(|runtime| runtime.block_on(operator::resize(&args))),
         Command::Check(args) => runtime().and_then(|runtime| runtime.block_on(check::check(&args))),
     };
     result.unwrap_or_else(|error| {

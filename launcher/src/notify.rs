@@ -9,6 +9,7 @@ use std::path::Path;
 use tokio::net::UnixDatagram;
 
 use crate::log_follow::printable;
+use crate::supervisor::Accepted;
 
 /// Longest datagram that is read, in bytes; systemd itself reads one page.
 const MAX_DATAGRAM_LEN: usize = 4096;
@@ -23,6 +24,12 @@ pub(crate) struct Notice {
     pub(crate) listening: bool,
     /// `READY=1`: the appliance's back-end is up, a driver VM can be served.
     pub(crate) ready: bool,
+    /// `X_VVU_APPLIANCE_LOST=`: the bridge has dropped this appliance VM.
+    pub(crate) lost: Option<Accepted>,
+    /// `X_VVU_APPLIANCE_ACTIVE=`: the bridge uses this appliance VM now.
+    pub(crate) active: Option<Accepted>,
+    /// `X_VVU_PAUSE_US=`, beside the former: how long the front-end had to wait for it, in microseconds.
+    pub(crate) pause_us: Option<u64>,
     /// `STATUS=`: the state in words, fit to be printed.
     pub(crate) status: Option<String>,
 }
@@ -35,6 +42,9 @@ impl Notice {
             match line.split_once('=') {
                 Some(("X_VVU_LISTENING", "1")) => notice.listening = true,
                 Some(("READY", "1")) => notice.ready = true,
+                Some(("X_VVU_APPLIANCE_LOST", number)) => notice.lost = number.parse().ok().map(Accepted),
+                Some(("X_VVU_APPLIANCE_ACTIVE", number)) => notice.active = number.parse().ok().map(Accepted),
+                Some(("X_VVU_PAUSE_US", number)) => notice.pause_us = number.parse().ok(),
                 Some(("STATUS", text)) => notice.status = Some(printable(text).chars().take(MAX_STATUS_LEN).collect()),
                 _ => {}
             }
@@ -65,6 +75,14 @@ impl NotifySocket {
         let len = self.0.recv(&mut buffer).await?;
         Ok(Notice::decode(buffer.get(..len).unwrap_or_default()))
     }
+
+    /// A message that is there already.
+    pub(crate) fn try_next(&self) -> Option<Notice> {
+        let mut buffer = [0; MAX_DATAGRAM_LEN];
+        // A socket that cannot be read tells so when it is waited for.
+        let len = self.0.try_recv(&mut buffer).ok()?;
+        Some(Notice::decode(buffer.get(..len).unwrap_or_default()))
+    }
 }
 
 #[cfg(test)]
@@ -75,8 +93,11 @@ mod tests {
     fn known_keys_are_read_and_others_ignored() {
         let notice = Notice::decode(b"X_VVU_LISTENING=1\nSTATUS=waiting for the appliance\nMAINPID=17\nnonsense");
         let status = Some("waiting for the appliance".to_owned());
-        assert_eq!(notice, Notice { listening: true, ready: false, status });
+        assert_eq!(notice, Notice { listening: true, status, ..Notice::default() });
         assert!(Notice::decode(b"READY=1").ready);
+        let active = Notice::decode(b"X_VVU_APPLIANCE_LOST=1\nX_VVU_APPLIANCE_ACTIVE=2\nX_VVU_PAUSE_US=1500");
+        assert_eq!((active.lost, active.active, active.pause_us), (Some(Accepted(1)), Some(Accepted(2)), Some(1500)));
+        assert_eq!(Notice::decode(b"X_VVU_APPLIANCE_LOST=-1\nX_VVU_PAUSE_US=1e3"), Notice::default());
         assert_eq!(Notice::decode(b"READY=0\nX_VVU_LISTENING=yes\n\xff\xfe"), Notice::default());
     }
 

@@ -6,11 +6,14 @@ use anyhow::{Context, bail};
 use vvu_appliance_config::{ApplianceConfig, BlkOptions, CONFIG_VERSION, Device, DeviceSet, MAX_SERIAL_LEN};
 
 use crate::accel::{self, Accel, KvmState};
-use crate::cli::BlkArgs;
+use crate::cli::{BlkArgs, RestartChoice};
+use crate::control;
 use crate::image::Image;
+use crate::image_lock::ImageLock;
 use crate::probe::{self, Version};
 use crate::programs::{self, ApplianceFiles};
 use crate::qemu_args::{DISK_SERIAL, DiskIo};
+use crate::restart_policy::RestartLimit;
 use crate::size::{MIB, Size};
 use crate::socket_path;
 
@@ -30,10 +33,18 @@ const FALLBACK_SERIAL: &str = "vvu-0";
 pub(crate) struct Plan {
     /// The disk.
     pub(crate) image: Image,
+    /// The lock on it, unless it is shared.
+    pub(crate) image_lock: Option<ImageLock>,
     /// How QEMU submits its requests.
     pub(crate) disk_io: DiskIo,
     /// Absolute path of the vhost-user socket.
     pub(crate) socket: String,
+    /// Absolute path of the control socket.
+    pub(crate) control: String,
+    /// Restarts that are allowed; none if there shall never be one.
+    pub(crate) restart_limit: Option<RestartLimit>,
+    /// Further words for the kernel's command line.
+    pub(crate) append: Option<String>,
     /// Identity of the device set.
     pub(crate) uuid: String,
     /// Request queues.
@@ -69,7 +80,10 @@ impl Plan {
     /// One line with the remedy.
     pub(crate) async fn make(args: &BlkArgs) -> anyhow::Result<Self> {
         let image = Image::check(&args.image, args.read_only, args.format.is_some())?;
-        let socket = socket_path::claim(&args.socket).await?;
+        let image_lock = if args.share_image { None } else { Some(ImageLock::take(&image)?) };
+        let socket = socket_path::claim(&args.socket, "--socket").await?;
+        let control = args.control.clone().unwrap_or_else(|| control::beside(Path::new(&socket)));
+        let control = socket_path::claim(&control, "--control").await?;
         let (accel, accel_reason) = accel::choose(args.accel, &KvmState::of_this_host())?;
         let bridge = programs::find_bridge(args.bridge.as_deref())?;
         let qemu = programs::find_qemu(args.qemu.as_deref())?;
@@ -82,13 +96,24 @@ impl Plan {
             Ok(way) => way,
             Err(reason) => bail!("QEMU cannot open image {}: {reason}", image.path),
         };
+        if args.share_image && !disk_io.direct {
+            bail!(
+                "image {} cannot be opened with O_DIRECT, so --share-image would let hosts read stale data from their page \
+                 caches; put it on a file system that has O_DIRECT",
+                image.path
+            );
+        }
         let uuid = new_uuid()?;
         let serial = args.serial.clone().unwrap_or_else(|| serial_from(&args.image));
         let config = config(&uuid, &args.log, args, serial)?;
         Ok(Self {
             image,
+            image_lock,
             disk_io,
             socket,
+            control,
+            restart_limit: (args.restart == RestartChoice::Always).then_some(args.restart_limit),
+            append: args.append.clone(),
             uuid,
             queues: args.queues,
             window: args.window,

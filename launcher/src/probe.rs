@@ -11,13 +11,14 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use serde_json::{Value, json};
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Lines, Take};
+use tokio::io::AsyncReadExt;
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 
 use crate::image::Image;
 use crate::log_follow::printable;
 use crate::parent_death::die_with_parent;
 use crate::qemu_args::{DISK_IO_WAYS, DiskIo, REQUIRED_DEVICES, SANDBOX, protocol_node};
+use crate::qmp::{Qmp, QmpError};
 
 /// What to do about a QEMU that cannot run the appliance VM.
 pub(crate) const REMEDY: &str = "install QEMU 11 or newer, or name it with --qemu or $VVU_QEMU";
@@ -27,9 +28,6 @@ pub(crate) const MIN_VERSION: Version = Version { major: 11, minor: 0, micro: 0 
 
 /// Longest time for all questions; a QEMU that loads slowly from a cold disk needs a few seconds.
 const PROBE_LIMIT: Duration = Duration::from_secs(60);
-
-/// Most bytes that QEMU may answer in total; the list of its types has some 100 KiB.
-const MAX_ANSWER_BYTES: u64 = 16 * 1024 * 1024;
 
 /// Most bytes of QEMU's standard error that are read when it fails.
 const MAX_STDERR_BYTES: u64 = 4096;
@@ -89,7 +87,7 @@ pub(crate) async fn probe(qemu: &Path, image: &Image) -> anyhow::Result<QemuFact
 }
 
 async fn ask_all(qemu: &Path, image: &Image) -> anyhow::Result<QemuFacts> {
-    let (mut qmp, version) = Qmp::start(qemu).await?;
+    let (mut qmp, version) = Probed::start(qemu).await?;
     let types = qmp.ask("qom-list-types", json!({ "implements": "device", "abstract": false })).await??;
     // An unknown option is an error of this query, not of the conversation.
     let run_with = qmp.ask("query-command-line-options", json!({ "option": "run-with" })).await?.unwrap_or_default();
@@ -106,7 +104,7 @@ async fn ask_all(qemu: &Path, image: &Image) -> anyhow::Result<QemuFacts> {
 }
 
 /// Opens the image in each way until one works; the last refusal is the reason if none does.
-async fn try_disk_io(qmp: &mut Qmp, image: &Image) -> anyhow::Result<Result<DiskIo, String>> {
+async fn try_disk_io(qmp: &mut Probed, image: &Image) -> anyhow::Result<Result<DiskIo, String>> {
     let mut refusal = String::new();
     for (number, way) in DISK_IO_WAYS.into_iter().enumerate() {
         let node = protocol_node(image, way, &format!("try{number}"));
@@ -127,20 +125,14 @@ fn option_has(options: &Value, parameter: &str) -> bool {
     all.filter_map(|option| option.get("parameters")).any(|list| names(list, "name").any(|name| name == parameter))
 }
 
-/// What QEMU answers to a command that it refuses.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-struct Refusal(String);
-
-/// A QMP conversation on standard input and output.
+/// A QEMU that answers on standard input and output.
 #[derive(Debug)]
-struct Qmp {
+struct Probed {
     process: Child,
-    requests: ChildStdin,
-    answers: Lines<BufReader<Take<ChildStdout>>>,
+    qmp: Qmp<ChildStdin, ChildStdout>,
 }
 
-impl Qmp {
+impl Probed {
     async fn start(qemu: &Path) -> anyhow::Result<(Self, Version)> {
         let shown = qemu.display();
         let mut command = Command::new(qemu);
@@ -150,54 +142,47 @@ impl Qmp {
         die_with_parent(&mut command);
         let mut process = command.spawn().with_context(|| format!("cannot start QEMU {shown}"))?;
         let requests = process.stdin.take().context("QEMU has no standard input")?;
-        let stdout = process.stdout.take().context("QEMU has no standard output")?;
-        let answers = BufReader::new(stdout.take(MAX_ANSWER_BYTES)).lines();
-        let mut qmp = Self { process, requests, answers };
-        let Ok(Some(greeting)) = qmp.answers.next_line().await else {
-            bail!("QEMU {shown} does not start: {}", qmp.complaint().await);
-        };
-        let version = serde_json::from_str(&greeting).ok().as_ref().and_then(version_of);
-        let Some(version) = version else {
-            bail!("{shown} is not QEMU: it does not speak QMP; name QEMU with --qemu or $VVU_QEMU")
-        };
-        qmp.ask("qmp_capabilities", json!({})).await??;
-        Ok((qmp, version))
+        let answers = process.stdout.take().context("QEMU has no standard output")?;
+        let not_qemu = || format!("{shown} is not QEMU: it does not speak QMP; name QEMU with --qemu or $VVU_QEMU");
+        match Qmp::greet(requests, answers).await {
+            Ok((qmp, greeting)) => {
+                let version = version_of(&greeting).with_context(not_qemu)?;
+                Ok((Self { process, qmp }, version))
+            }
+            Err(QmpError::NotQmp) => bail!("{}", not_qemu()),
+            Err(_) => bail!("QEMU {shown} does not start: {}", complaint(&mut process).await),
+        }
     }
 
     /// Sends one command and waits for its answer. The inner result is QEMU's, the outer one the conversation's.
-    async fn ask(&mut self, command: &str, arguments: Value) -> anyhow::Result<Result<Value, Refusal>> {
-        let request = format!("{}\n", json!({ "execute": command, "arguments": arguments }));
-        self.requests.write_all(request.as_bytes()).await.context("QEMU stopped reading")?;
-        while let Some(line) = self.answers.next_line().await.context("cannot read QEMU's answer")? {
-            let mut answer: Value = serde_json::from_str(&line).context("QEMU's answer is no JSON")?;
-            if let Some(value) = answer.get_mut("return") {
-                return Ok(Ok(value.take()));
+    async fn ask(&mut self, command: &str, arguments: Value) -> anyhow::Result<Result<Value, QmpError>> {
+        match self.qmp.ask(command, arguments).await {
+            Err(QmpError::Closed) => {
+                bail!("QEMU ended while it was asked for {command}: {}", complaint(&mut self.process).await)
             }
-            if let Some(error) = answer.get("error") {
-                let text = error.get("desc").and_then(Value::as_str).unwrap_or("refused without a reason");
-                return Ok(Err(Refusal(printable(text))));
-            }
+            Ok(answer) => Ok(Ok(answer)),
+            Err(QmpError::Refused(text)) => Ok(Err(QmpError::Refused(text))),
+            Err(error) => Err(error).with_context(|| format!("QEMU was asked for {command}")),
         }
-        bail!("QEMU ended while it was asked for {command}: {}", self.complaint().await)
-    }
-
-    /// The first line that QEMU wrote on its standard error.
-    async fn complaint(&mut self) -> String {
-        let mut bytes = Vec::new();
-        if let Some(stderr) = self.process.stderr.take() {
-            // What could not be read is not there to be shown.
-            let _ = stderr.take(MAX_STDERR_BYTES).read_to_end(&mut bytes).await;
-        }
-        let text = String::from_utf8_lossy(&bytes);
-        let first = text.lines().map(str::trim).find(|line| !line.is_empty());
-        printable(first.unwrap_or("it says nothing on standard error"))
     }
 
     async fn quit(mut self) {
         // If it does not go in order it is killed when it is dropped.
-        let _ = self.requests.write_all(b"{\"execute\":\"quit\"}\n").await;
+        self.qmp.quit().await;
         let _ = self.process.wait().await;
     }
+}
+
+/// The first line that QEMU wrote on its standard error.
+async fn complaint(process: &mut Child) -> String {
+    let mut bytes = Vec::new();
+    if let Some(stderr) = process.stderr.take() {
+        // What could not be read is not there to be shown.
+        let _ = stderr.take(MAX_STDERR_BYTES).read_to_end(&mut bytes).await;
+    }
+    let text = String::from_utf8_lossy(&bytes);
+    let first = text.lines().map(str::trim).find(|line| !line.is_empty());
+    printable(first.unwrap_or("it says nothing on standard error"))
 }
 
 /// The version in QMP's greeting (QMP specification, section 2.2).

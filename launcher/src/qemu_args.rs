@@ -10,6 +10,7 @@ use vvu_appliance_config::FW_CFG_NAME;
 use crate::accel::Accel;
 use crate::image::{Image, ImageKind};
 use crate::size::Size;
+use crate::supervisor::ApplianceId;
 
 /// `-sandbox`: a seccomp filter against everything that this QEMU has no business doing.
 pub(crate) const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
@@ -29,8 +30,17 @@ const WINDOW_SOCKET: &str = "window.sock";
 /// Socket of the doorbell device.
 const DOORBELL_SOCKET: &str = "doorbell.sock";
 
-/// The longest file name that is used in the runtime directory; socket paths are limited by the system.
-pub(crate) const LONGEST_SOCKET_NAME: &str = DOORBELL_SOCKET;
+/// The bridge's sockets in the runtime directory; a bridge that was killed leaves them behind.
+pub(crate) const BRIDGE_SOCKETS: [&str; 3] = [CONTROL_SOCKET, WINDOW_SOCKET, DOORBELL_SOCKET];
+
+/// The longest name of a socket in the runtime directory, that of the last appliance VM's QMP socket; socket paths are
+/// limited by the system.
+pub(crate) const LONGEST_SOCKET_NAME: &str = "qmp-4294967295.sock";
+
+/// Name of an appliance VM's QMP socket in the runtime directory.
+pub(crate) fn qmp_socket(appliance: ApplianceId) -> String {
+    format!("qmp-{appliance}.sock")
+}
 
 /// The device models that the appliance VM is built of.
 pub(crate) const REQUIRED_DEVICES: [&str; 4] =
@@ -43,7 +53,7 @@ const CONTROL_VIRTIO_ID: u32 = 21;
 const WINDOW_VIRTIO_ID: u32 = 27;
 
 /// Name of the image's format node, to which the disk is attached.
-const DISK_NODE: &str = "disk";
+pub(crate) const DISK_NODE: &str = "disk";
 
 /// What the kernel is told. `panic=-1` reboots at once, which `-no-reboot` turns into the end of QEMU; `iommu=pt` keeps
 /// DMA untranslated while VFIO gets its IOMMU groups; `cryptomgr.notests` leaves out self-tests of ciphers that nothing
@@ -83,6 +93,10 @@ pub(crate) struct ApplianceVm<'a> {
     pub(crate) queues: u16,
     /// Identity of the device set, for QEMU's process name.
     pub(crate) uuid: &'a str,
+    /// Its number in the run, for the names of its own files.
+    pub(crate) id: ApplianceId,
+    /// Further words for the kernel's command line.
+    pub(crate) append: Option<&'a str>,
     /// Runtime directory with the bridge's sockets and the configuration document.
     pub(crate) runtime_dir: &'a str,
     /// Kernel of the appliance.
@@ -112,6 +126,9 @@ impl ApplianceVm<'_> {
         push(arguments, &["-display", "none"]);
         push(arguments, &["-sandbox", SANDBOX]);
         push(arguments, &["-run-with", "exit-with-parent=on"]);
+        let socket = self.in_runtime_dir(&qmp_socket(self.id));
+        let qmp = option("socket", &[("id", "qmp"), ("path", &socket), ("server", "on"), ("wait", "off")]);
+        push(arguments, &["-chardev", &qmp, "-mon", "chardev=qmp,mode=control"]);
         push(arguments, &["-name", &option("", &[("guest", &format!("vvu-{}", self.uuid)), ("debug-threads", "on")])]);
     }
 
@@ -138,7 +155,9 @@ impl ApplianceVm<'_> {
     }
 
     fn push_boot(&self, arguments: &mut Vec<String>) {
-        push(arguments, &["-kernel", self.kernel, "-initrd", self.initrd, "-append", KERNEL_COMMAND_LINE]);
+        let words = self.append.map(|more| format!("{KERNEL_COMMAND_LINE} {more}"));
+        let words = words.as_deref().unwrap_or(KERNEL_COMMAND_LINE);
+        push(arguments, &["-kernel", self.kernel, "-initrd", self.initrd, "-append", words]);
         let config = option("", &[("name", FW_CFG_NAME), ("file", &self.in_runtime_dir(CONFIG_FILE))]);
         push(arguments, &["-fw_cfg", &config]);
         push(arguments, &["-chardev", "stdio,id=console,signal=off"]);
@@ -182,14 +201,18 @@ impl ApplianceVm<'_> {
     }
 }
 
-/// The node that opens the image, in the form of QMP's `blockdev-add`.
+/// The node that opens the image, in the form of QMP's `blockdev-add`. The lock on it is `vvu`'s (see `image_lock`).
+///
+/// Two appliance VMs of a run have it open at once while one replaces the other. They agree about its content because both
+/// go to the same place in the same way, past the page cache or through it, and a raw image has nothing that QEMU keeps
+/// in memory: what the one wrote and completed, the other reads, and the flush at the first one's end finds nothing stale.
 pub(crate) fn protocol_node(image: &Image, io: DiskIo, name: &str) -> Value {
     let driver = match image.kind {
         ImageKind::File => "file",
         ImageKind::BlockDevice => "host_device",
     };
     json!({
-        "driver": driver, "node-name": name, "filename": image.path, "aio": io.aio,
+        "driver": driver, "node-name": name, "filename": image.path, "aio": io.aio, "locking": "off",
         "cache": { "direct": io.direct, "no-flush": false },
         "discard": "unmap", "read-only": image.read_only, "auto-read-only": false,
     })
@@ -237,6 +260,8 @@ mod tests {
             cpus: 2,
             queues: 4,
             uuid: "6f1c1c0e-2b57-4a55-9d0f-0d6d1f7f3a11",
+            id: ApplianceId(3),
+            append: Some("debug"),
             runtime_dir: "/run/user/0/vvu/a,b",
             kernel: "/a/vmlinuz",
             initrd: "/a/initrd",
@@ -286,6 +311,20 @@ mod tests {
     }
 
     #[test]
+    fn each_appliance_has_a_qmp_socket_of_its_own() {
+        let arguments = arguments(Accel::Tcg);
+        let qmp = "socket,id=qmp,path=/run/user/0/vvu/a,,b/qmp-3.sock,server=on,wait=off";
+        assert!(values(&arguments, "-chardev").contains(&qmp), "{arguments:?}");
+        assert!(qmp_socket(ApplianceId(u32::MAX)).len() <= LONGEST_SOCKET_NAME.len());
+    }
+
+    #[test]
+    fn further_words_come_last_on_the_kernels_command_line() {
+        let arguments = arguments(Accel::Tcg);
+        assert_eq!(values(&arguments, "-append"), [format!("{KERNEL_COMMAND_LINE} debug")]);
+    }
+
+    #[test]
     fn kvm_gets_interrupt_remapping_and_a_split_irqchip() {
         let arguments = arguments(Accel::Kvm);
         assert_eq!((values(&arguments, "-accel"), values(&arguments, "-cpu")), (vec!["kvm"], vec!["host"]));
@@ -316,6 +355,7 @@ mod tests {
             values(&arguments, "-blockdev").into_iter().map(|text| serde_json::from_str(text).unwrap()).collect();
         assert_eq!(nodes[0]["filename"], "/images/a,b \"c\".img");
         assert_eq!(nodes[0]["cache"]["direct"], true);
+        assert_eq!(nodes[0]["locking"], "off", "two appliance VMs open it while one replaces the other");
         assert_eq!(nodes[1]["driver"], "raw");
         assert!(nodes.iter().all(|node| node["read-only"] == true));
     }

@@ -1,52 +1,41 @@
 //! One device, from start to end.
 //!
-//! Actors: the bridge and the appliance VM's QEMU, both children of this process; the operator, who sends signals.
-//! Steps: the bridge listens, QEMU starts and connects, the device is ready, the device serves. In every step the same
-//! four things may happen ([`Happening`]) and all are awaited together, so none is missed. Each step but the last has a
-//! limit. However a run ends, [`Session::end`] brings it down in one order: QEMU first, so that the back-end stops
-//! working in the driver VM's memory, then the bridge, then the socket and the runtime directory.
+//! This is the part that waits: for the operator's signals and requests, for children that die, for the bridge's
+//! announcements, for a deadline. What any of it means is decided by the [`Supervisor`], whose actions are done here. All
+//! waits happen together, so none is missed. However a run ends, [`Run::bring_down`] does it in one order: appliance VMs
+//! first, so that the back-end stops working in the driver VM's memory, then the bridge, then the sockets and the runtime
+//! directory.
 
+mod requests;
+
+use std::collections::VecDeque;
 use std::future::pending;
-use std::os::unix::process::ExitStatusExt;
-use std::process::ExitStatus;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use tokio::process::Command;
+use tokio::task::JoinHandle;
 
-use crate::children::Child;
+use self::requests::Wanted;
 use crate::cli::BlkArgs;
-use crate::ending::Ending;
-use crate::events::{Event, Output, Pids, Source, TimingsMs};
+use crate::control_socket::ControlSocket;
+use crate::ending::{Death, Ending};
+use crate::events::{Event, Pids, TimingsMs};
+use crate::fleet::{Fleet, Member, NOTIFY_SOCKET};
 use crate::log_follow::{Pass, RateLimit};
 use crate::notify::{Notice, NotifySocket};
+use crate::output::Output;
 use crate::plan::Plan;
-use crate::qemu_args::{ApplianceVm, CONFIG_FILE};
+use crate::qemu_args::CONFIG_FILE;
+use crate::restart_policy::Restarts;
 use crate::runtime_dir::RuntimeDir;
 use crate::signals::Signals;
 use crate::socket_path::SocketFile;
+use crate::supervisor::{Action, ApplianceId, Input, Part, Progress, Report, Supervisor};
 use crate::vmm_lines::{self, DeviceAddress};
 
-/// How long a bridge may take to end after QEMU: it only has to see a closed socket.
-const BRIDGE_FOLLOWS: Duration = Duration::from_millis(500);
-
-/// Longest wait until the bridge listens; it only binds sockets.
-const LISTENING_LIMIT: Duration = Duration::from_secs(30);
-
-/// Longest wait until the device is ready: a boot under TCG on a loaded machine takes tens of seconds.
-const READY_LIMIT: Duration = Duration::from_secs(180);
-
-/// Time for QEMU to finish the disk's requests after SIGTERM.
-const APPLIANCE_GRACE: Duration = Duration::from_secs(10);
-
-/// Time for the bridge to disconnect its front-end after SIGTERM.
-const BRIDGE_GRACE: Duration = Duration::from_secs(5);
-
-/// Name of the notification socket in the runtime directory.
-const NOTIFY_SOCKET: &str = "notify.sock";
-
-/// Signal number of SIGKILL (signal(7)).
-const SIGKILL: i32 = 9;
+/// Announcements that are read before a death is handled: the bridge's view of what came before it.
+const MAX_NOTICES_BEFORE_DEATH: usize = 64;
 
 /// Serves one block device until a signal or a death ends it.
 pub(crate) async fn run_blk(args: &BlkArgs, output: &Output, started: Instant) -> Ending {
@@ -54,261 +43,301 @@ pub(crate) async fn run_blk(args: &BlkArgs, output: &Output, started: Instant) -
         Ok(plan) => plan,
         Err(error) => return Ending::refused(&error),
     };
-    match serve(&plan, output, started).await {
+    match serve(plan, output, started).await {
         Ok(ending) => ending,
         Err(error) => Ending::failed(&error),
     }
 }
 
-async fn serve(plan: &Plan, output: &Output, started: Instant) -> anyhow::Result<Ending> {
+async fn serve(plan: Plan, output: &Output, started: Instant) -> anyhow::Result<Ending> {
     let signals = Signals::catch()?;
     let directory = RuntimeDir::create()?;
     std::fs::write(directory.path().join(CONFIG_FILE), &plan.config)
         .context("cannot write to the runtime directory")?;
     let notify_path = directory.path().join(NOTIFY_SOCKET);
     let notify = NotifySocket::bind(&notify_path).context("cannot bind the notification socket")?;
-    output.event(&starting(plan, &directory));
-    let bridge = start_bridge(plan, &directory, output)?;
-    let mut session = Session {
+    let control = ControlSocket::bind(&plan.control)?;
+    output.event(&starting(&plan, &directory));
+    let mut fleet = Fleet::new(&directory, output);
+    fleet.start_bridge(&plan)?;
+    let now = Instant::now();
+    let mut run = Run {
+        supervisor: Supervisor::new(Restarts::new(plan.restart_limit), now),
         plan,
         output,
         started,
         directory: &directory,
         signals,
         notify,
-        bridge,
-        appliance: None,
+        control,
+        fleet,
+        inputs: VecDeque::new(),
         socket_file: None,
-        status_limit: RateLimit::new(Instant::now()),
+        event_limit: RateLimit::new(now),
+        wanted: None,
+        resizing: None,
+        bridge_listening_ms: 0,
+        qemu_started_ms: 0,
+        status_text: String::new(),
+        last_pause_us: None,
     };
-    let ending = session.run().await;
-    session.end().await;
+    let ending = run.run().await;
+    run.bring_down().await;
     ending
-}
-
-/// What can happen at any time of a run.
-#[derive(Debug)]
-enum Happening {
-    Signal(&'static str),
-    ApplianceEnded(ExitStatus),
-    BridgeEnded(ExitStatus),
-    Notice(Notice),
-}
-
-/// What a step waits for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Awaited {
-    /// The bridge's sockets accept connections.
-    Listening,
-    /// The device can serve.
-    Ready,
-    /// Nothing: the run goes on until something ends it.
-    End,
-}
-
-impl Awaited {
-    fn is_in(self, notice: &Notice) -> bool {
-        match self {
-            Self::Listening => notice.listening,
-            Self::Ready => notice.ready,
-            Self::End => false,
-        }
-    }
-
-    /// What did not happen in time, for a person.
-    fn words(self) -> &'static str {
-        match self {
-            Self::Listening => "the bridge does not listen",
-            Self::Ready => "the device is not ready",
-            Self::End => "the run has not ended",
-        }
-    }
 }
 
 /// A run whose bridge is started.
 #[derive(Debug)]
-struct Session<'a> {
-    plan: &'a Plan,
+struct Run<'a> {
+    plan: Plan,
     output: &'a Output,
     started: Instant,
     directory: &'a RuntimeDir,
     signals: Signals,
     notify: NotifySocket,
-    bridge: Child,
-    appliance: Option<Child>,
+    control: ControlSocket,
+    fleet: Fleet<'a>,
+    supervisor: Supervisor,
+    /// What has happened and is not handled yet.
+    inputs: VecDeque<Input>,
     socket_file: Option<SocketFile>,
-    status_limit: RateLimit,
+    event_limit: RateLimit,
+    /// The replacement that an operator waits for.
+    wanted: Option<Wanted>,
+    /// The change of the disk's size that is under way; it yields the new size if it was done.
+    resizing: Option<JoinHandle<Option<u64>>>,
+    bridge_listening_ms: u64,
+    qemu_started_ms: u64,
+    status_text: String,
+    last_pause_us: Option<u64>,
 }
 
-impl Session<'_> {
+impl Run<'_> {
     async fn run(&mut self) -> anyhow::Result<Ending> {
-        if let Some(ending) = self.wait_for(Awaited::Listening, Some(LISTENING_LIMIT)).await? {
-            return Ok(ending);
-        }
-        self.socket_file = SocketFile::at(&self.plan.socket);
-        let bridge_listening = self.elapsed_ms();
-        let appliance = self.start_appliance()?;
-        let qemu = appliance.pid();
-        self.appliance = Some(appliance);
-        let qemu_started = self.elapsed_ms();
-        if let Some(ending) = self.wait_for(Awaited::Ready, Some(READY_LIMIT)).await? {
-            return Ok(ending);
-        }
-        let address = DeviceAddress { socket: &self.plan.socket, queues: self.plan.queues };
-        self.output.event(&Event::Ready {
-            socket: self.plan.socket.clone(),
-            pids: Pids { vvu: std::process::id(), bridge: self.bridge.pid(), qemu },
-            timings_ms: TimingsMs { bridge_listening, qemu_started, ready: self.elapsed_ms() },
-            vmms: vmm_lines::all(address),
-        });
-        let ending = self.wait_for(Awaited::End, None).await?;
-        ending.context("the run ended without a reason")
-    }
-
-    /// Handles what happens until the bridge announces `awaited` (returns `None`) or the run is over.
-    async fn wait_for(&mut self, awaited: Awaited, limit: Option<Duration>) -> anyhow::Result<Option<Ending>> {
-        let deadline = limit.map(|limit| tokio::time::Instant::now() + limit);
         loop {
-            let happening = match deadline {
-                None => self.next().await?,
-                Some(deadline) => match tokio::time::timeout_at(deadline, self.next()).await {
-                    Ok(happening) => happening?,
-                    Err(_) => return Ok(Some(self.overdue(awaited, limit.unwrap_or_default()).await)),
-                },
-            };
-            match happening {
-                Happening::Signal(name) => return Ok(Some(Ending::signal(name, awaited == Awaited::End))),
-                Happening::ApplianceEnded(status) => return Ok(Some(self.appliance_gone(status).await)),
-                Happening::BridgeEnded(status) => return self.bridge_ended(status).await.map(Some),
-                Happening::Notice(notice) => {
-                    self.tell_status(&notice);
-                    if awaited.is_in(&notice) {
-                        return Ok(None);
+            while let Some(input) = self.inputs.pop_front() {
+                for action in self.supervisor.handle(input, Instant::now()) {
+                    if let Some(ending) = self.perform(action) {
+                        return Ok(ending);
                     }
                 }
             }
+            self.wait().await?;
         }
     }
 
-    async fn next(&mut self) -> anyhow::Result<Happening> {
-        let appliance = async {
-            match self.appliance.as_mut() {
-                Some(child) => child.exited().await,
-                None => pending().await,
-            }
-        };
-        // The appliance before the bridge: if both have ended, the bridge mostly went because QEMU did.
+    /// Waits for one thing to happen.
+    async fn wait(&mut self) -> anyhow::Result<()> {
+        let deadline = self.supervisor.deadline().map(tokio::time::Instant::from_std);
         tokio::select! {
             biased;
-            name = self.signals.next() => Ok(Happening::Signal(name)),
-            status = appliance => status.map(Happening::ApplianceEnded),
-            status = self.bridge.exited() => status.map(Happening::BridgeEnded),
-            notice = self.notify.next() => notice.map(Happening::Notice).context("cannot read the notification socket"),
-        }
-    }
-
-    fn tell_status(&mut self, notice: &Notice) {
-        // A front-end that comes and goes makes the bridge change its state as often as it likes.
-        let Some(text) = notice.status.clone() else { return };
-        if self.status_limit.pass(Instant::now()) != Pass::No {
-            self.output.event(&Event::Status { text, at_ms: self.elapsed_ms() });
-        }
-    }
-
-    async fn overdue(&mut self, awaited: Awaited, limit: Duration) -> Ending {
-        let child = self.appliance.as_mut().unwrap_or(&mut self.bridge);
-        // A failure to kill shows again when the session is brought down.
-        let _ = child.kill().await;
-        Ending::not_ready(awaited.words(), limit, child.last_lines().await)
-    }
-
-    /// The appliance VM has ended, and the bridge is about to or was first. A bridge that sees QEMU go ends by itself; one that
-    /// a signal has ended went first, and QEMU aborts without it.
-    async fn appliance_gone(&mut self, status: ExitStatus) -> Ending {
-        match tokio::time::timeout(BRIDGE_FOLLOWS, self.bridge.exited()).await {
-            Ok(Ok(bridge)) if bridge.signal().is_some() => {
-                Ending::bridge_ended(bridge, true, self.bridge.last_lines().await)
+            name = self.signals.next() => self.inputs.push_back(Input::Signal(name)),
+            death = self.fleet.next_death() => {
+                let (member, death) = death?;
+                self.died(member, death);
             }
-            _ => self.appliance_ended(status).await,
+            notice = self.notify.next() => self.noticed(notice.context("cannot read the notification socket")?),
+            asked = self.control.next() => self.asked(asked),
+            () = requests::gone(self.wanted.as_ref()) => {
+                self.wanted = None;
+                self.inputs.push_back(Input::ReplaceAbandoned);
+            }
+            size = resized(self.resizing.as_mut()) => {
+                self.resizing = None;
+                self.plan.image.size_bytes = size.unwrap_or(self.plan.image.size_bytes);
+            }
+            () = until(deadline) => self.inputs.push_back(Input::TimePassed),
+        }
+        Ok(())
+    }
+
+    fn died(&mut self, member: Member, death: Death) {
+        // What the bridge said before is older than the death, and may tell which appliance VM is which.
+        for _ in 0..MAX_NOTICES_BEFORE_DEATH {
+            let Some(notice) = self.notify.try_next() else { break };
+            self.noticed(notice);
+        }
+        self.inputs.push_back(match member {
+            Member::Bridge => Input::BridgeEnded(death),
+            Member::Appliance(id) => Input::ApplianceEnded(id, death),
+        });
+    }
+
+    fn noticed(&mut self, notice: Notice) {
+        if let Some(text) = notice.status {
+            self.status_text.clone_from(&text);
+            self.tell_often(&Event::Status { text, at_ms: self.elapsed_ms() });
+        }
+        if let Some(accepted) = notice.lost {
+            self.inputs.push_back(Input::Dropped(accepted));
+        }
+        if notice.listening {
+            self.socket_file = SocketFile::at(&self.plan.socket);
+            self.bridge_listening_ms = self.elapsed_ms();
+            self.inputs.push_back(Input::Listening);
+        }
+        if let Some(accepted) = notice.active {
+            self.inputs.push_back(Input::Active { accepted, pause_us: notice.pause_us });
+        }
+        if notice.ready {
+            self.inputs.push_back(Input::Ready);
         }
     }
 
-    async fn appliance_ended(&mut self, status: ExitStatus) -> Ending {
-        let lines = match self.appliance.as_mut() {
-            Some(child) => child.last_lines().await,
-            None => Vec::new(),
-        };
-        Ending::appliance_ended(status, lines)
+    /// Does what the supervisor wants; returns the run's end.
+    fn perform(&mut self, action: Action) -> Option<Ending> {
+        match action {
+            Action::StartBridge => self.start_bridge(),
+            Action::StartAppliance(id) => self.start_appliance(id),
+            Action::StartStandby(id) => self.start_standby(id),
+            Action::AdoptImage => self.adopt_image(),
+            Action::Terminate(id) => self.fleet.terminate(Member::Appliance(id)),
+            Action::Kill(id) => self.fleet.kill(Member::Appliance(id)),
+            Action::KillBridge => self.fleet.kill(Member::Bridge),
+            Action::Tell(report) => self.tell(report),
+            Action::Progress(progress) => self.progress(progress),
+            Action::Answer(result) => self.answer(result),
+            Action::End(ending) => return Some(ending),
+        }
+        None
     }
 
-    /// The appliance VM is killed at once: the driver VM's VMM has seen its back-end go and may use the memory for
-    /// something else, while QEMU keeps it mapped.
-    async fn bridge_ended(&mut self, status: ExitStatus) -> anyhow::Result<Ending> {
-        if let Some(appliance) = self.appliance.as_mut() {
-            let killed = appliance.kill().await?;
-            if status.signal().is_none() && killed.signal() != Some(SIGKILL) {
-                // It was on its way out already, and the bridge saw that before we did.
-                return Ok(self.appliance_ended(killed).await);
+    fn start_bridge(&mut self) {
+        if let Some(file) = self.socket_file.take() {
+            file.remove(&self.plan.socket);
+        }
+        if let Err(error) = self.fleet.start_bridge(&self.plan) {
+            self.inputs.push_back(Input::BridgeEnded(Death::NotStarted(format!("{error:#}"))));
+        }
+    }
+
+    fn start_appliance(&mut self, id: ApplianceId) {
+        self.qemu_started_ms = self.elapsed_ms();
+        let started = self.fleet.start_appliance(id, &self.plan, &self.plan.appliance);
+        self.note_start(id, started);
+    }
+
+    fn start_standby(&mut self, id: ApplianceId) {
+        let Some(wanted) = &self.wanted else { return };
+        let started = self.fleet.start_appliance(id, &self.plan, &wanted.appliance);
+        if started.is_ok() {
+            let pid = self.fleet.pid(Member::Appliance(id)).unwrap_or_default();
+            wanted.progress("booting", format!("appliance {id} boots beside the one in use (pid {pid})"));
+        }
+        self.note_start(id, started);
+    }
+
+    fn note_start(&mut self, id: ApplianceId, started: anyhow::Result<()>) {
+        if let Err(error) = started {
+            self.inputs.push_back(Input::ApplianceEnded(id, Death::NotStarted(format!("{error:#}"))));
+        }
+    }
+
+    fn progress(&self, progress: Progress) {
+        let Some(wanted) = &self.wanted else { return };
+        match progress {
+            Progress::Active(done) => {
+                wanted.progress("active", format!("appliance {} is in use; the one before is ended", done.appliance));
+            }
+            Progress::ActiveLost => {
+                wanted.progress(
+                    "active-lost",
+                    "the appliance VM in use is gone, the new one takes over when it can".into(),
+                );
             }
         }
-        Ok(Ending::bridge_ended(status, self.appliance.is_some(), self.bridge.last_lines().await))
+    }
+
+    fn tell(&mut self, report: Report) {
+        match report {
+            Report::Ready(_) => self.output.event(&self.ready()),
+            Report::Active { appliance, pause_us } => {
+                self.last_pause_us = pause_us.or(self.last_pause_us);
+                self.tell_often(&Event::Active { appliance, pause_us });
+            }
+            Report::ApplianceLost { appliance, ending, restart } => {
+                let (reason, last_lines) = ending.into_words();
+                self.output.event(&Event::ApplianceLost { appliance, reason, last_lines, restart });
+            }
+            Report::BridgeLost { ending, restart } => {
+                let (reason, last_lines) = ending.into_words();
+                self.output.event(&Event::BridgeLost { reason, last_lines, restart });
+            }
+            Report::Restarted { what, took } => {
+                let what = match what {
+                    Part::Appliance => "appliance",
+                    Part::Bridge => "bridge",
+                };
+                self.output.event(&Event::Restarted { what, pids: self.pids(), took_ms: in_ms(took) });
+            }
+        }
+    }
+
+    /// Tells an event that the bridge, a front-end or a back-end can cause as often as it likes.
+    fn tell_often(&mut self, event: &Event) {
+        if self.event_limit.pass(Instant::now()) != Pass::No {
+            self.output.event(event);
+        }
+    }
+
+    fn ready(&self) -> Event {
+        let address = DeviceAddress { socket: &self.plan.socket, queues: self.plan.queues };
+        Event::Ready {
+            socket: self.plan.socket.clone(),
+            pids: self.pids(),
+            timings_ms: TimingsMs {
+                bridge_listening: self.bridge_listening_ms,
+                qemu_started: self.qemu_started_ms,
+                ready: self.elapsed_ms(),
+            },
+            vmms: vmm_lines::all(address),
+        }
+    }
+
+    /// The process ids while an appliance VM is in use.
+    fn pids(&self) -> Pids {
+        let pid = |member| self.fleet.pid(member).unwrap_or_default();
+        let qemu = self.supervisor.in_use().map(|id| pid(Member::Appliance(id)));
+        Pids { vvu: std::process::id(), bridge: pid(Member::Bridge), qemu: qemu.unwrap_or_default() }
+    }
+
+    fn qmp_in_use(&self) -> Option<PathBuf> {
+        self.supervisor.in_use().map(|id| self.fleet.qmp(id))
     }
 
     /// Ends what still runs, in order; a further signal kills it.
-    async fn end(&mut self) {
-        let (appliance, bridge) = (&mut self.appliance, &mut self.bridge);
-        let in_order = async {
-            if let Some(child) = appliance.as_mut() {
-                child.end(APPLIANCE_GRACE).await?;
-            }
-            bridge.end(BRIDGE_GRACE).await
-        };
-        // Children that could not be ended in order are killed when they are dropped.
+    async fn bring_down(&mut self) {
         tokio::select! {
-            _ = in_order => {}
+            _ = self.fleet.end() => {}
             _ = self.signals.next() => {}
         }
-        for child in self.appliance.iter_mut().chain([&mut self.bridge]) {
-            let _ = child.kill().await;
-            // Drained, so that the last lines are written before the run's end is told.
-            child.last_lines().await;
-        }
+        self.fleet.kill_all().await;
         if let Some(file) = self.socket_file {
             file.remove(&self.plan.socket);
         }
     }
 
-    fn start_appliance(&self) -> anyhow::Result<Child> {
-        let plan = self.plan;
-        let vm = ApplianceVm {
-            accel: plan.accel,
-            memory: plan.memory,
-            cpus: plan.cpus,
-            queues: plan.queues,
-            uuid: &plan.uuid,
-            runtime_dir: self.directory.text(),
-            kernel: &plan.appliance.kernel,
-            initrd: &plan.appliance.initrd,
-            image: &plan.image,
-            disk_io: plan.disk_io,
-        };
-        let mut command = Command::new(&plan.qemu);
-        command.args(vm.arguments()).env_remove("NOTIFY_SOCKET");
-        Child::spawn("QEMU", command, Source::Qemu, Some(Source::Appliance), self.output)
-    }
-
     fn elapsed_ms(&self) -> u64 {
-        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+        in_ms(self.started.elapsed())
     }
 }
 
-fn start_bridge(plan: &Plan, directory: &RuntimeDir, output: &Output) -> anyhow::Result<Child> {
-    let mut command = Command::new(&plan.bridge);
-    command.args(["--socket-path", &plan.socket, "--appliance-dir", directory.text(), "--uuid", &plan.uuid]);
-    command.args(["--class", "blk", "--queues", &plan.queues.to_string(), "--window", &plan.window.0.to_string()]);
-    command.arg("--exit-with-parent");
-    command.env("NOTIFY_SOCKET", directory.path().join(NOTIFY_SOCKET)).env("RUST_LOG", &plan.log);
-    Child::spawn("bridge", command, Source::Bridge, None, output)
+fn in_ms(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+async fn until(deadline: Option<tokio::time::Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
+        None => pending().await,
+    }
+}
+
+async fn resized(task: Option<&mut JoinHandle<Option<u64>>>) -> Option<u64> {
+    match task {
+        Some(task) => task.await.unwrap_or(None),
+        None => pending().await,
+    }
 }
 
 fn starting(plan: &Plan, directory: &RuntimeDir) -> Event {
@@ -328,5 +357,6 @@ fn starting(plan: &Plan, directory: &RuntimeDir) -> Event {
         qemu_version: plan.qemu_version.to_string(),
         disk_io: format!("{}, {cache}", plan.disk_io.aio),
         runtime_dir: directory.text().to_owned(),
+        control: plan.control.clone(),
     }
 }

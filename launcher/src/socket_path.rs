@@ -1,4 +1,4 @@
-//! The vhost-user socket's path: free to be bound by the bridge, or refused with the reason.
+//! The paths of a run's two sockets, vhost-user and control: free to be bound, or refused with the reason.
 
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -10,13 +10,13 @@ use tokio::net::UnixStream;
 
 use crate::runtime_dir::MAX_SOCKET_PATH_BYTES;
 
-/// Checks that the bridge can bind `path`, and removes a socket that a dead process left there.
+/// Checks that `path` can be bound, and removes a socket that a dead process left there.
 ///
-/// Returns the absolute path.
+/// Returns the absolute path. `option` is the one that names another path.
 ///
 /// # Errors
 /// One line with the remedy.
-pub(crate) async fn claim(path: &Path) -> anyhow::Result<String> {
+pub(crate) async fn claim(path: &Path, option: &str) -> anyhow::Result<String> {
     let shown = path.display();
     let absolute = std::path::absolute(path).with_context(|| format!("socket path {shown} cannot be used"))?;
     let text = absolute.to_str().with_context(|| format!("socket path {shown} is not valid UTF-8"))?;
@@ -28,13 +28,13 @@ pub(crate) async fn claim(path: &Path) -> anyhow::Result<String> {
         bail!("socket directory {0} does not exist; create it with: mkdir -p {0}", directory.display());
     }
     if access(directory, Access::WRITE_OK | Access::EXEC_OK).is_err() {
-        bail!("socket directory {} may not be written by this user; choose another --socket", directory.display());
+        bail!("socket directory {} may not be written by this user; choose another {option}", directory.display());
     }
     match std::fs::symlink_metadata(&absolute) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(text.to_owned()),
         Err(error) => return Err(error).with_context(|| format!("socket path {shown} cannot be looked at")),
         Ok(found) if !found.file_type().is_socket() => {
-            bail!("socket path {shown} exists and is no socket; remove it or choose another --socket")
+            bail!("socket path {shown} exists and is no socket; remove it or choose another {option}")
         }
         Ok(_) => {}
     }
@@ -44,7 +44,7 @@ pub(crate) async fn claim(path: &Path) -> anyhow::Result<String> {
             Ok(text.to_owned())
         }
         // Accepted, queued, or of another type: in every case somebody has it open.
-        _ => bail!("socket {shown} is in use by a live process; end that one or choose another --socket"),
+        _ => bail!("socket {shown} is in use by a live process; end that one or choose another {option}"),
     }
 }
 
@@ -82,11 +82,11 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("disk.sock");
         let listener = UnixListener::bind(&path).unwrap();
-        let refusal = claim(&path).await.unwrap_err().to_string();
+        let refusal = claim(&path, "--socket").await.unwrap_err().to_string();
         assert!(refusal.contains("in use by a live process"), "{refusal}");
         drop(listener);
         assert!(path.exists());
-        claim(&path).await.unwrap();
+        claim(&path, "--socket").await.unwrap();
         assert!(!path.exists());
     }
 
@@ -101,7 +101,7 @@ mod tests {
             (directory.path().join("x".repeat(100)), "at most 107"),
         ];
         for (path, expected) in cases {
-            let refusal = claim(&path).await.unwrap_err().to_string();
+            let refusal = claim(&path, "--socket").await.unwrap_err().to_string();
             assert!(refusal.contains(expected), "{refusal}");
         }
         assert_eq!(std::fs::read_to_string(file).unwrap(), "precious");

@@ -1,0 +1,185 @@
+//! The words of the control socket, by which `vvu status`, `upgrade`, `restart` and `resize` reach a run.
+//!
+//! Both sides send JSON objects, one a line. The operator's side sends a [`Request`] and gets any number of
+//! [`Reply::Progress`] and then one other [`Reply`]; then it may send the next one. Closing the connection before that
+//! abandons an upgrade or restart.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::supervisor::ApplianceId;
+
+/// Longest line of either side in bytes, without its end: a path of 4096 bytes that is all escapes fits.
+pub(crate) const MAX_LINE_BYTES: usize = 32 * 1024;
+
+/// The control socket of the run that serves `socket`, unless the operator chose another.
+pub(crate) fn beside(socket: &Path) -> PathBuf {
+    let mut path = socket.as_os_str().to_owned();
+    path.push(".ctl");
+    path.into()
+}
+
+/// What the operator wants; told apart by `command`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) enum Request {
+    /// The state.
+    Status {},
+    /// Another appliance VM in the place of the one in use.
+    Upgrade {
+        /// Directory of its image, an absolute path; none: that of the one in use.
+        appliance: Option<PathBuf>,
+    },
+    /// The same from the same image.
+    Restart {},
+    /// Another size of the disk.
+    Resize {
+        /// The size in bytes.
+        size_bytes: u64,
+        /// Whether it may be smaller than now.
+        shrink: bool,
+    },
+}
+
+/// What a run answers; told apart by `reply`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "kebab-case")]
+pub(crate) enum Reply {
+    /// A step on the way; more follows.
+    Progress {
+        /// `booting`, `active` or `active-lost`.
+        step: String,
+        /// The step in words.
+        text: String,
+    },
+    /// The state.
+    Status(Box<Status>),
+    /// Another appliance VM is in use, and nothing is left of the one before.
+    Replaced {
+        /// The one in use.
+        appliance: ApplianceId,
+        /// How long the driver VM's requests had to wait, in microseconds; none if no driver VM is connected.
+        pause_us: Option<u64>,
+        /// Milliseconds from the request until the new one was in use.
+        took_ms: u64,
+    },
+    /// The disk has the size.
+    Resized {
+        /// Its size before, in bytes.
+        old_bytes: u64,
+        /// Its size now, in bytes.
+        new_bytes: u64,
+    },
+    /// It was not done.
+    Failed {
+        /// Why, in one line.
+        message: String,
+    },
+}
+
+impl Reply {
+    /// A refusal or failure.
+    pub(crate) fn failed(message: impl Into<String>) -> Self {
+        Self::Failed { message: message.into() }
+    }
+}
+
+/// The state of a run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Status {
+    /// `starting`, `serving`, `replacing`, `restarting` or `ending`.
+    pub(crate) state: String,
+    /// The bridge's state in words.
+    pub(crate) text: String,
+    /// Who runs.
+    pub(crate) pids: LivePids,
+    /// The appliance VM in use.
+    pub(crate) appliance: Option<ApplianceStatus>,
+    /// The appliance VM that boots to be the next one.
+    pub(crate) standby: Option<ApplianceStatus>,
+    /// Restarts of appliance VM or bridge after a death.
+    pub(crate) restarts: u64,
+    /// How long the driver VM's requests had to wait the last time that an appliance VM changed, in microseconds.
+    pub(crate) last_pause_us: Option<u64>,
+    /// Milliseconds since the start of the run.
+    pub(crate) uptime_ms: u64,
+    /// The disk.
+    pub(crate) image: ImageStatus,
+    /// Absolute path of the vhost-user socket.
+    pub(crate) socket: String,
+    /// Absolute path of the appliance image's directory.
+    pub(crate) appliance_dir: PathBuf,
+    /// Private directory of the run.
+    pub(crate) runtime_dir: String,
+}
+
+/// Process ids of a run; what does not live at the moment has none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct LivePids {
+    /// The run itself.
+    pub(crate) vvu: u32,
+    /// The bridge.
+    pub(crate) bridge: Option<u32>,
+    /// The QEMU of the appliance VM in use.
+    pub(crate) qemu: Option<u32>,
+}
+
+/// An appliance VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ApplianceStatus {
+    /// Its number in the run.
+    pub(crate) number: ApplianceId,
+    /// Process id of its QEMU.
+    pub(crate) pid: u32,
+    /// QEMU's QMP socket.
+    pub(crate) qmp: PathBuf,
+    /// A FIFO: what is written to it comes in on the serial console, the chardev `console`.
+    pub(crate) console: PathBuf,
+}
+
+/// A disk image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ImageStatus {
+    /// Absolute path.
+    pub(crate) path: String,
+    /// Size in bytes.
+    pub(crate) size_bytes: u64,
+    /// Whether writes are refused.
+    pub(crate) read_only: bool,
+    /// Whether it is not locked (`--share-image`).
+    pub(crate) shared: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_have_the_documented_form() {
+        let cases = [
+            (r#"{"command":"status"}"#, Request::Status {}),
+            (r#"{"command":"upgrade","appliance":"/a"}"#, Request::Upgrade { appliance: Some("/a".into()) }),
+            (r#"{"command":"upgrade"}"#, Request::Upgrade { appliance: None }),
+            (r#"{"command":"restart"}"#, Request::Restart {}),
+            (
+                r#"{"command":"resize","size_bytes":512,"shrink":true}"#,
+                Request::Resize { size_bytes: 512, shrink: true },
+            ),
+        ];
+        for (text, request) in cases {
+            assert_eq!(serde_json::from_str::<Request>(text).unwrap(), request);
+        }
+        for text in ["{}", "[]", r#"{"command":"stop"}"#, r#"{"command":"status","more":1}"#, r#"{"command":"resize"}"#]
+        {
+            assert!(serde_json::from_str::<Request>(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_longest_request_fits_on_a_line() {
+        let path: PathBuf = "\u{1}".repeat(4096).into();
+        let line = serde_json::to_string(&Request::Upgrade { appliance: Some(path) }).unwrap();
+        assert!(line.len() <= MAX_LINE_BYTES);
+    }
+}

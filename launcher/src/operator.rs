@@ -1,0 +1,142 @@
+//! The commands that act on a device that another `vvu` runs: one request over its control socket, answers printed as they
+//! come.
+
+use std::io;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Lines, Take};
+use tokio::net::UnixStream;
+use tokio::net::unix::OwnedReadHalf;
+
+use crate::cli::{ResizeArgs, RunArgs, UpgradeArgs};
+use crate::control::{self, Reply, Request, Status};
+use crate::log_follow::printable;
+use crate::output::in_milliseconds;
+use crate::size::Size;
+
+/// Longest wait for the answer to what is done at once.
+const SHORT_LIMIT: Duration = Duration::from_secs(60);
+
+/// Longest wait for another appliance VM; the run itself gives up earlier.
+const REPLACE_LIMIT: Duration = Duration::from_secs(300);
+
+/// Most bytes that a run may answer to one request.
+const MAX_ANSWER_BYTES: u64 = 1024 * 1024;
+
+/// `vvu status`.
+///
+/// # Errors
+/// One line with the remedy, as for all of these.
+pub(crate) async fn status(run: &RunArgs) -> anyhow::Result<ExitCode> {
+    ask(run, &Request::Status {}, SHORT_LIMIT).await
+}
+
+/// `vvu upgrade`.
+pub(crate) async fn upgrade(args: &UpgradeArgs) -> anyhow::Result<ExitCode> {
+    // The run has another working directory.
+    let appliance = args.appliance.as_deref().map(std::path::absolute).transpose();
+    let appliance = appliance.context("the appliance image's path cannot be used")?;
+    ask(&args.run, &Request::Upgrade { appliance }, REPLACE_LIMIT).await
+}
+
+/// `vvu restart`.
+pub(crate) async fn restart(run: &RunArgs) -> anyhow::Result<ExitCode> {
+    ask(run, &Request::Restart {}, REPLACE_LIMIT).await
+}
+
+/// `vvu resize`.
+pub(crate) async fn resize(args: &ResizeArgs) -> anyhow::Result<ExitCode> {
+    ask(&args.run, &Request::Resize { size_bytes: args.size.0, shrink: args.shrink }, SHORT_LIMIT).await
+}
+
+async fn ask(run: &RunArgs, request: &Request, limit: Duration) -> anyhow::Result<ExitCode> {
+    let conversation = async {
+        let mut answers = send(run, request).await?;
+        while let Some(line) = answers.next_line().await.context("the run's answer cannot be read")? {
+            let reply: Reply = serde_json::from_str(&line).context("the run's answer is not understood")?;
+            if let Some(code) = print(&reply, run.json)? {
+                return Ok(code);
+            }
+        }
+        bail!("the run ended before it answered")
+    };
+    let answered = tokio::time::timeout(limit, conversation).await;
+    answered.with_context(|| format!("the run did not answer within {} s", limit.as_secs()))?
+}
+
+async fn send(run: &RunArgs, request: &Request) -> anyhow::Result<Lines<BufReader<Take<OwnedReadHalf>>>> {
+    let path: PathBuf = run.control.clone().unwrap_or_else(|| control::beside(&run.socket));
+    let shown = path.display();
+    let stream = UnixStream::connect(&path).await.map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => anyhow::anyhow!(
+            "no vvu run listens at {shown}; name the socket of a running device, or its control socket with --control"
+        ),
+        _ => anyhow::Error::from(error).context(format!("control socket {shown} cannot be connected to")),
+    })?;
+    let (reader, mut writer) = stream.into_split();
+    let line = serde_json::to_string(request)? + "\n";
+    writer.write_all(line.as_bytes()).await.context("the run does not take the request")?;
+    // Its end would tell the run that nobody waits any more: it goes with this process.
+    writer.forget();
+    Ok(BufReader::new(reader.take(MAX_ANSWER_BYTES)).lines())
+}
+
+/// Prints one reply; the exit code if it is the last one.
+fn print(reply: &Reply, json: bool) -> anyhow::Result<Option<ExitCode>> {
+    let code = match reply {
+        Reply::Progress { .. } => None,
+        Reply::Failed { .. } => Some(ExitCode::FAILURE),
+        Reply::Status(_) | Reply::Replaced { .. } | Reply::Resized { .. } => Some(ExitCode::SUCCESS),
+    };
+    if json {
+        write(io::stdout(), &(serde_json::to_string(reply)? + "\n"))?;
+        return Ok(code);
+    }
+    match reply {
+        Reply::Progress { text, .. } => write(io::stderr(), &format!("vvu: {}\n", printable(text)))?,
+        Reply::Failed { message } => write(io::stderr(), &format!("vvu: {}\n", printable(message)))?,
+        Reply::Status(status) => write(io::stdout(), &status_text(status))?,
+        Reply::Replaced { appliance, pause_us, took_ms } => {
+            let pause = match pause_us {
+                Some(pause_us) => format!("the driver VM paused {:.1} ms", in_milliseconds(*pause_us)),
+                None => "no driver VM was connected".to_owned(),
+            };
+            let took = Duration::from_millis(*took_ms).as_secs_f64();
+            write(io::stdout(), &format!("appliance {appliance} is in use after {took:.2} s; {pause}\n"))?;
+        }
+        Reply::Resized { old_bytes, new_bytes } => {
+            write(io::stdout(), &format!("resized from {} to {}\n", Size(*old_bytes), Size(*new_bytes)))?;
+        }
+    }
+    Ok(code)
+}
+
+fn write(mut stream: impl io::Write, text: &str) -> anyhow::Result<()> {
+    stream.write_all(text.as_bytes()).context("cannot write the answer")
+}
+
+fn status_text(status: &Status) -> String {
+    let pid = |pid: Option<u32>| pid.map_or_else(|| "not running".to_owned(), |pid| format!("pid {pid}"));
+    let mut text = format!("{:<10} {} ({})\n", "state", status.state, printable(&status.text));
+    let mut line = |name: &str, value: String| text.push_str(&format!("{name:<10} {}\n", printable(&value)));
+    line("socket", status.socket.clone());
+    let access = if status.image.read_only { ", read-only" } else { "" };
+    let lock = if status.image.shared { ", shared" } else { "" };
+    line("image", format!("{}, {}{access}{lock}", status.image.path, Size(status.image.size_bytes)));
+    line("vvu", format!("pid {}, up {} s", status.pids.vvu, status.uptime_ms / 1000));
+    line("bridge", pid(status.pids.bridge));
+    for (name, appliance) in [("appliance", &status.appliance), ("standby", &status.standby)] {
+        if let Some(appliance) = appliance {
+            let (number, pid, qmp) = (appliance.number, appliance.pid, appliance.qmp.display());
+            line(name, format!("number {number}, pid {pid}, QMP {qmp}"));
+        }
+    }
+    line("restarts", status.restarts.to_string());
+    if let Some(pause_us) = status.last_pause_us {
+        line("last pause", format!("{:.1} ms", in_milliseconds(pause_us)));
+    }
+    text
+}

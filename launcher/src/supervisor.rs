@@ -1,0 +1,475 @@
+//! What a run decides: events in, actions out. It starts no process, waits for nothing and reads no clock.
+//!
+//! A run keeps one bridge and, behind it, one appliance VM in use. Feed [`Supervisor::handle`] with everything that
+//! happens and do what it returns; feed it [`Input::TimePassed`] when [`Supervisor::deadline`] has come.
+//!
+//! ```text
+//!                  listening                   active                      replace
+//!  BridgeStarts ─────────────► Boots ────────────────────────► Serves ─────────────────► Replaces
+//!       ▲                      ▲   │ died                died │  ▲ ▲   standby active or died │ active died
+//!       │                      │   ▼                          ▼  │ └──────────────────────────┤
+//!       │              delay   └─ Pauses ◄────────────────────┘  │            Boots ◄─────────┘
+//!       │                                                        │
+//!       └──── Clears ◄──── the bridge died, in any state: its appliance VMs are killed first
+//! ```
+//!
+//! A death before the device was ready for the first time ends the run: it is mostly a mistake that a second start would
+//! repeat. After that deaths are repaired as [`Restarts`] allows. Before a run ends because of an appliance VM's death it
+//! is `Blames` for a moment: a bridge that was killed makes QEMU abort, and then the bridge is the one to name. Appliance
+//! VMs that are no longer needed are *retiring*: they lie beside the state, and only a replacement's answer and the start
+//! of a new bridge wait for them.
+
+mod deaths;
+mod vocabulary;
+
+#[cfg(test)]
+mod tests;
+
+use std::time::{Duration, Instant};
+
+pub(crate) use self::vocabulary::{Accepted, Action, ApplianceId, Input, Part, Progress, Replaced, Report};
+use self::vocabulary::{Appliance, Fault, Retiring, Stage};
+use crate::ending::Ending;
+use crate::restart_policy::Restarts;
+
+/// Longest wait until the bridge listens; it only binds sockets.
+const LISTENING_LIMIT: Duration = Duration::from_secs(30);
+
+/// Longest wait until an appliance VM is in use: a boot under TCG on a loaded machine takes tens of seconds.
+const READY_LIMIT: Duration = Duration::from_secs(180);
+
+/// How long a bridge's death may come after that of its appliance VM and still be its cause.
+const BRIDGE_FOLLOWS: Duration = Duration::from_millis(500);
+
+/// How long the bridge may take to let go of an appliance VM that was replaced, until that is asked to end.
+const LET_GO_LIMIT: Duration = Duration::from_secs(5);
+
+/// Time for a QEMU that was asked to end to finish the disk's requests.
+pub(crate) const APPLIANCE_GRACE: Duration = Duration::from_secs(10);
+
+/// How long an unnamed appliance VM's number may still come after its death.
+const GHOST_LIMIT: Duration = Duration::from_secs(2);
+
+/// Where a run stands.
+#[derive(Debug)]
+enum State {
+    /// The bridge runs and does not listen yet. No limit if it is killed already for being overdue.
+    BridgeStarts { until: Option<Instant> },
+    /// The bridge listens, an appliance VM boots, none is in use.
+    Boots { appliance: Appliance, until: Instant },
+    /// An appliance VM is in use.
+    Serves { active: Appliance },
+    /// An appliance VM is in use, another one boots to take its place.
+    Replaces { active: Appliance, standby: Appliance, until: Instant },
+    /// The bridge lives; an appliance VM is started at this time.
+    Pauses { until: Instant },
+    /// The run ends so at this time, unless the bridge turns out to be the cause.
+    Blames { ending: Ending, until: Instant },
+    /// The bridge is gone; its appliance VMs are retiring.
+    Clears(Next),
+    /// Nothing lives; the bridge is started at this time.
+    PausesWithoutBridge { until: Instant },
+    /// The run is over.
+    Over,
+}
+
+#[cfg(test)]
+impl State {
+    /// The picture above as a table; every state may become `Over` by a signal, and `Clears` by the bridge's death.
+    fn may_become(&self, next: &Self) -> bool {
+        use State::*;
+        match (self, next) {
+            (Over, _) => false,
+            (_, Over) => true,
+            (Blames { .. } | PausesWithoutBridge { .. } | Clears(_), Clears(_)) => false,
+            (_, Clears(_)) => true,
+            (BridgeStarts { .. } | Pauses { .. }, Boots { .. }) => true,
+            (Boots { .. }, Serves { .. } | Boots { .. } | Pauses { .. } | Blames { .. }) => true,
+            (Serves { .. }, Replaces { .. } | Boots { .. } | Pauses { .. } | Blames { .. }) => true,
+            (Replaces { .. }, Serves { .. } | Boots { .. }) => true,
+            (Clears(_), BridgeStarts { .. } | PausesWithoutBridge { .. }) => true,
+            (PausesWithoutBridge { .. }, BridgeStarts { .. }) => true,
+            _ => false,
+        }
+    }
+}
+
+/// What comes after a bridge's death.
+#[derive(Debug, Clone)]
+enum Next {
+    /// A new one, not before this time.
+    Start(Instant),
+    /// The end.
+    End { ending: Ending, by_signal: bool },
+}
+
+/// The bridge's numbers of the appliance VMs.
+#[derive(Debug, Default)]
+struct Numbers {
+    highest: Option<Accepted>,
+    /// Until then an unknown number may be that of an appliance VM that died before it was named.
+    ghost_until: Option<Instant>,
+}
+
+/// A loss that is being repaired.
+#[derive(Debug, Clone, Copy)]
+struct Recovery {
+    what: Part,
+    since: Instant,
+}
+
+/// A replacement that somebody waits for.
+#[derive(Debug, Clone, Copy)]
+struct Replacement {
+    since: Instant,
+    /// Set when it came off; what it replaced is retiring.
+    done: Option<Replaced>,
+}
+
+/// The decisions of one run.
+#[derive(Debug)]
+pub(crate) struct Supervisor {
+    state: State,
+    retiring: Vec<Retiring>,
+    restarts: Restarts,
+    numbers: Numbers,
+    last_id: u32,
+    was_ready: bool,
+    recovery: Option<Recovery>,
+    replacement: Option<Replacement>,
+    actions: Vec<Action>,
+}
+
+impl Supervisor {
+    /// A run whose bridge was just started.
+    pub(crate) fn new(restarts: Restarts, now: Instant) -> Self {
+        Self {
+            state: State::BridgeStarts { until: Some(now + LISTENING_LIMIT) },
+            retiring: Vec::new(),
+            restarts,
+            numbers: Numbers::default(),
+            last_id: 0,
+            was_ready: false,
+            recovery: None,
+            replacement: None,
+            actions: Vec::new(),
+        }
+    }
+
+    /// Takes in what happened and returns what shall be done.
+    pub(crate) fn handle(&mut self, input: Input, now: Instant) -> Vec<Action> {
+        match input {
+            Input::Listening => self.listening(now),
+            Input::Ready => self.ready(now),
+            Input::Active { accepted, pause_us } => self.active(accepted, pause_us, now),
+            Input::Dropped(accepted) => self.dropped(accepted, now),
+            Input::ApplianceEnded(id, death) => self.appliance_ended(id, death, now),
+            Input::BridgeEnded(death) => self.bridge_ended(death, now),
+            Input::Replace => self.replace(now),
+            Input::ReplaceAbandoned => self.abandon(),
+            Input::Signal(name) => self.end(Ending::signal(name, self.was_ready)),
+            Input::TimePassed => self.time_passed(now),
+        }
+        std::mem::take(&mut self.actions)
+    }
+
+    /// When [`Input::TimePassed`] is due.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        let of_state = match &self.state {
+            State::BridgeStarts { until } => *until,
+            State::Boots { appliance, until } => appliance.fault.is_none().then_some(*until),
+            State::Replaces { standby, until, .. } => standby.fault.is_none().then_some(*until),
+            State::Pauses { until } | State::Blames { until, .. } | State::PausesWithoutBridge { until } => {
+                Some(*until)
+            }
+            State::Serves { .. } | State::Clears(_) | State::Over => None,
+        };
+        let of_retiring = self.retiring.iter().filter_map(|retiring| match retiring.stage {
+            Stage::LetGo(until) | Stage::Asked(until) => Some(until),
+            Stage::Killed => None,
+        });
+        of_state.into_iter().chain(of_retiring).min()
+    }
+
+    /// The state in one word, for the operator.
+    pub(crate) fn word(&self) -> &'static str {
+        match &self.state {
+            State::Serves { .. } => "serving",
+            State::Replaces { .. } => "replacing",
+            State::Blames { .. } | State::Over | State::Clears(Next::End { .. }) => "ending",
+            _ if self.was_ready => "restarting",
+            _ => "starting",
+        }
+    }
+
+    /// The appliance VM in use.
+    pub(crate) fn in_use(&self) -> Option<ApplianceId> {
+        match &self.state {
+            State::Serves { active } | State::Replaces { active, .. } => Some(active.id),
+            _ => None,
+        }
+    }
+
+    /// The appliance VM that boots to be the next one in use.
+    pub(crate) fn booting(&self) -> Option<ApplianceId> {
+        match &self.state {
+            State::Boots { appliance, .. } => Some(appliance.id),
+            State::Replaces { standby, .. } => Some(standby.id),
+            _ => None,
+        }
+    }
+
+    /// Restarts so far.
+    pub(crate) fn restarts(&self) -> u64 {
+        self.restarts.total()
+    }
+
+    /// The appliance VM in use, if it stays that for the time being.
+    ///
+    /// # Errors
+    /// One line that says why it does not.
+    pub(crate) fn may_replace(&self) -> Result<ApplianceId, String> {
+        match &self.state {
+            _ if self.replacement.is_some() => {
+                Err("another upgrade or restart is under way; wait for its end".to_owned())
+            }
+            State::Serves { active } if active.fault.is_none() && self.retiring.is_empty() => Ok(active.id),
+            State::Serves { .. } => Err("an earlier appliance VM is still ending; try again".to_owned()),
+            _ => Err(format!("the device is {}; wait until it is serving (vvu status)", self.word())),
+        }
+    }
+
+    fn listening(&mut self, now: Instant) {
+        if matches!(self.state, State::BridgeStarts { until: Some(_) }) {
+            self.start_appliance(now);
+        }
+    }
+
+    fn start_appliance(&mut self, now: Instant) {
+        let appliance = self.next_appliance();
+        self.actions.push(Action::StartAppliance(appliance.id));
+        self.enter(State::Boots { appliance, until: now + READY_LIMIT });
+    }
+
+    fn next_appliance(&mut self) -> Appliance {
+        self.last_id += 1;
+        Appliance { id: ApplianceId(self.last_id), accepted: None, fault: None }
+    }
+
+    fn ready(&mut self, now: Instant) {
+        if let State::Boots { appliance, .. } = self.state
+            && appliance.fault.is_none()
+        {
+            self.enter(State::Serves { active: appliance });
+            self.in_use_again(appliance.id, now);
+        }
+    }
+
+    fn active(&mut self, accepted: Accepted, pause_us: Option<u64>, now: Instant) {
+        let Some(id) = self.identify(accepted, now, true) else { return };
+        match self.state {
+            State::Boots { appliance, .. } if appliance.id == id && appliance.fault.is_none() => {
+                self.enter(State::Serves { active: appliance });
+                self.note_replaced(id, pause_us, now);
+                self.in_use_again(id, now);
+            }
+            State::Replaces { active, standby, .. } if standby.id == id && standby.fault.is_none() => {
+                self.enter(State::Serves { active: standby });
+                self.note_replaced(id, pause_us, now);
+                let killed = active.fault.is_some();
+                let stage = if killed { Stage::Killed } else { Stage::LetGo(now + LET_GO_LIMIT) };
+                self.retiring.push(Retiring { appliance: active, stage });
+            }
+            State::Serves { active } | State::Replaces { active, .. } if active.id == id => {}
+            _ => return,
+        }
+        self.tell(Report::Active { appliance: id, pause_us });
+        self.answer_replaced();
+    }
+
+    /// The appliance VM is in use; tells so if that is news.
+    fn in_use_again(&mut self, id: ApplianceId, now: Instant) {
+        self.restarts.recovered();
+        if !self.was_ready {
+            self.was_ready = true;
+            self.tell(Report::Ready(id));
+        }
+        if let Some(Recovery { what, since }) = self.recovery.take() {
+            self.tell(Report::Restarted { what, took: now.saturating_duration_since(since) });
+        }
+    }
+
+    fn note_replaced(&mut self, appliance: ApplianceId, pause_us: Option<u64>, now: Instant) {
+        if let Some(replacement) = self.replacement.as_mut() {
+            let took = now.saturating_duration_since(replacement.since);
+            let done = Replaced { appliance, pause_us, took };
+            replacement.done = Some(done);
+            self.actions.extend([Action::AdoptImage, Action::Progress(Progress::Active(done))]);
+        }
+    }
+
+    /// Answers a replacement that came off as soon as nothing of what it replaced is left.
+    fn answer_replaced(&mut self) {
+        if let Some(Replacement { done: Some(done), .. }) = self.replacement
+            && self.retiring.is_empty()
+        {
+            self.replacement = None;
+            self.actions.push(Action::Answer(Ok(done)));
+        }
+    }
+
+    fn fail_replacement(&mut self, why: &str) {
+        if let Some(replacement) = self.replacement.take() {
+            // Once the new one is in use, that is the result, whatever comes later.
+            let answer = replacement.done.ok_or_else(|| why.to_owned());
+            self.actions.push(Action::Answer(answer));
+        }
+    }
+
+    fn dropped(&mut self, accepted: Accepted, now: Instant) {
+        let Some(id) = self.identify(accepted, now, false) else { return };
+        if let Some(retiring) = self.retiring.iter_mut().find(|retiring| retiring.appliance.id == id) {
+            if matches!(retiring.stage, Stage::LetGo(_)) {
+                retiring.stage = Stage::Asked(now + APPLIANCE_GRACE);
+                self.actions.push(Action::Terminate(id));
+            }
+            return;
+        }
+        self.kill_for(id, Fault::Dropped);
+    }
+
+    /// Kills an appliance VM on which the state depends, once; its death decides what follows.
+    fn kill_for(&mut self, id: ApplianceId, fault: Fault) {
+        let known = self.alive_mut().find(|appliance| appliance.id == id && appliance.fault.is_none());
+        if let Some(appliance) = known {
+            appliance.fault = Some(fault);
+            self.actions.push(Action::Kill(id));
+        }
+    }
+
+    /// The one door through which the state changes.
+    fn enter(&mut self, next: State) {
+        #[cfg(test)]
+        assert!(self.state.may_become(&next), "{:?} -> {next:?}", self.state);
+        self.state = next;
+    }
+
+    /// The appliance VMs on which the state depends.
+    fn alive(&self) -> impl Iterator<Item = Appliance> + use<> {
+        let (first, second) = match self.state {
+            State::Boots { appliance, .. } => (Some(appliance), None),
+            State::Serves { active } => (Some(active), None),
+            State::Replaces { active, standby, .. } => (Some(active), Some(standby)),
+            _ => (None, None),
+        };
+        first.into_iter().chain(second)
+    }
+
+    fn alive_mut(&mut self) -> impl Iterator<Item = &mut Appliance> {
+        let (first, second) = match &mut self.state {
+            State::Boots { appliance, .. } => (Some(appliance), None),
+            State::Serves { active } => (Some(active), None),
+            State::Replaces { active, standby, .. } => (Some(active), Some(standby)),
+            _ => (None, None),
+        };
+        first.into_iter().chain(second)
+    }
+
+    /// All appliance VMs that live.
+    fn all(&self) -> impl Iterator<Item = Appliance> {
+        self.alive().chain(self.retiring.iter().map(|retiring| retiring.appliance))
+    }
+
+    /// Finds out which appliance VM the bridge means. It counts them in the order in which they connect, and at most one at
+    /// a time is without a number: a new number is that one's, unless one that had none has just died.
+    fn identify(&mut self, accepted: Accepted, now: Instant, lives: bool) -> Option<ApplianceId> {
+        if let Some(known) = self.all().find(|appliance| appliance.accepted == Some(accepted)) {
+            return Some(known.id);
+        }
+        if self.numbers.highest.is_some_and(|highest| accepted <= highest) {
+            return None;
+        }
+        self.numbers.highest = Some(accepted);
+        let ghost = self.numbers.ghost_until.take().is_some_and(|until| now < until);
+        if ghost && !lives {
+            return None;
+        }
+        let unnamed = self.alive_mut().find(|appliance| appliance.accepted.is_none())?;
+        unnamed.accepted = Some(accepted);
+        Some(unnamed.id)
+    }
+
+    fn start_bridge(&mut self, now: Instant) {
+        self.actions.push(Action::StartBridge);
+        self.enter(State::BridgeStarts { until: Some(now + LISTENING_LIMIT) });
+    }
+
+    fn replace(&mut self, now: Instant) {
+        if let (Ok(_), State::Serves { active }) = (self.may_replace(), &self.state) {
+            let active = *active;
+            let standby = self.next_appliance();
+            self.actions.push(Action::StartStandby(standby.id));
+            self.replacement = Some(Replacement { since: now, done: None });
+            self.enter(State::Replaces { active, standby, until: now + READY_LIMIT });
+        }
+    }
+
+    fn abandon(&mut self) {
+        self.replacement = None;
+        if let State::Replaces { active, standby, .. } = self.state {
+            self.enter(State::Serves { active });
+            if standby.fault.is_none() {
+                self.actions.push(Action::Kill(standby.id));
+            }
+            // Nobody asks any more why it goes.
+            let appliance = Appliance { fault: None, ..standby };
+            self.retiring.push(Retiring { appliance, stage: Stage::Killed });
+        }
+    }
+
+    fn time_passed(&mut self, now: Instant) {
+        for retiring in &mut self.retiring {
+            match retiring.stage {
+                Stage::LetGo(until) if until <= now => {
+                    retiring.stage = Stage::Asked(now + APPLIANCE_GRACE);
+                    self.actions.push(Action::Terminate(retiring.appliance.id));
+                }
+                Stage::Asked(until) if until <= now => {
+                    retiring.stage = Stage::Killed;
+                    self.actions.push(Action::Kill(retiring.appliance.id));
+                }
+                _ => {}
+            }
+        }
+        match &mut self.state {
+            State::BridgeStarts { until } if until.is_some_and(|until| until <= now) => {
+                *until = None;
+                self.actions.push(Action::KillBridge);
+            }
+            State::Boots { appliance: Appliance { id, .. }, until }
+            | State::Replaces { standby: Appliance { id, .. }, until, .. }
+                if *until <= now =>
+            {
+                let id = *id;
+                self.kill_for(id, Fault::Overdue);
+            }
+            State::Pauses { until } if *until <= now => self.start_appliance(now),
+            State::PausesWithoutBridge { until } if *until <= now => self.start_bridge(now),
+            State::Blames { ending, until } if *until <= now => {
+                let ending = ending.clone();
+                self.end(ending);
+            }
+            _ => {}
+        }
+    }
+
+    fn tell(&mut self, report: Report) {
+        self.actions.push(Action::Tell(report));
+    }
+
+    fn end(&mut self, ending: Ending) {
+        self.fail_replacement("the run ends");
+        self.actions.push(Action::End(ending));
+        self.enter(State::Over);
+    }
+}
