@@ -11,7 +11,8 @@ use vvu_agent::control::{ControlError, ControlEvent, ControlPort};
 use vvu_agent::doorbell::{Doorbell, DoorbellError};
 use vvu_protocol::control::{Channel, ConfigSpace, Frame, Handle, Status};
 use vvu_protocol::doorbell::{PeerId, Vector};
-use vvu_protocol::message::{FrontEndReply, FrontEndRequest, RawMessage};
+use vvu_protocol::message::{BackEndReply, BackEndRequest, FrontEndReply, FrontEndRequest, RawMessage};
+use vvu_protocol::state::StateMessage;
 use vvu_socket::event;
 
 /// Vectors of the doorbell device.
@@ -97,28 +98,63 @@ impl Bridge {
         self.send_frame(Channel::FrontEnd, self.session(), request.encode(true));
     }
 
-    /// The next frame of the agent.
+    /// The next frame of the agent on the front-end's channel.
     pub(crate) async fn frame(&self) -> Frame {
+        self.frame_on(Channel::FrontEnd).await
+    }
+
+    /// The next frame on a channel. Those of other channels stay, those of sessions before are dropped.
+    async fn frame_on(&self, channel: Channel) -> Frame {
         loop {
-            if let Some(frame) = self.shared.borrow_mut().to_bridge.pop_front() {
-                return frame;
+            {
+                let Shared { config, to_bridge, .. } = &mut *self.shared.borrow_mut();
+                to_bridge.retain(|frame| frame.session == config.session);
+                if let Some(position) = to_bridge.iter().position(|frame| frame.channel == channel) {
+                    return to_bridge.remove(position).unwrap();
+                }
             }
             self.bridge.notified().await;
         }
     }
 
-    /// Whether the agent has said something that nobody has taken.
+    /// Whether the agent has said something in this session that nobody has taken.
     pub(crate) fn has_frames(&self) -> bool {
-        !self.shared.borrow().to_bridge.is_empty()
+        let shared = self.shared.borrow();
+        shared.to_bridge.iter().any(|frame| frame.session == shared.config.session)
+    }
+
+    /// Sends SET_VRING_BASE with the flag resume.
+    pub(crate) fn send_resume(&self, request: FrontEndRequest<Handle>) {
+        let frame = Frame::new(Channel::FrontEnd, self.session(), request.encode(true));
+        self.send_bytes(Frame { resume: true, ..frame }.encode().unwrap());
+    }
+
+    /// Waits for a request of the back-end, and insists on the flag that asks for an answer.
+    pub(crate) async fn back_end_request(&self) -> BackEndRequest<Handle> {
+        let message = self.frame_on(Channel::BackEnd).await.message;
+        assert!(message.header.needs_reply);
+        BackEndRequest::decode(message).unwrap()
+    }
+
+    /// Answers a request of the back-end.
+    pub(crate) fn answer_back_end(&self, code: u32, value: u64) {
+        self.send_frame(Channel::BackEnd, self.session(), BackEndReply::Acknowledgement(value).encode(code));
+    }
+
+    /// The next message about the state of the device.
+    pub(crate) async fn state(&self) -> StateMessage {
+        StateMessage::decode(self.frame_on(Channel::State).await.message).unwrap()
+    }
+
+    pub(crate) fn send_state(&self, message: StateMessage) {
+        self.send_frame(Channel::State, self.session(), message.encode());
     }
 
     /// Sends a request and waits for its answer.
     pub(crate) async fn ask(&self, request: FrontEndRequest<Handle>) -> FrontEndReply<Handle> {
         let code = request.code();
         self.send(request);
-        let frame = self.frame().await;
-        assert_eq!((frame.channel, frame.session), (Channel::FrontEnd, self.session()));
-        FrontEndReply::decode(code, frame.message).unwrap()
+        FrontEndReply::decode(code, self.frame().await.message).unwrap()
     }
 }
 

@@ -1,173 +1,37 @@
-//! The tests. Each plays the bridge, and sees the agent do what the control profile says.
+//! Stories of sessions. Each test plays the bridge, and sees the agent do what the control profile says.
 
-use std::fs::File;
-use std::future::Future;
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Duration;
 
-use tokio::task::LocalSet;
 use vvu_agent::doorbell::Doorbell;
 use vvu_agent::reaper::{Reaper, Scope};
-use vvu_agent::session::{DeviceSet, REQUEST_TIMEOUT};
+use vvu_agent::session::REQUEST_TIMEOUT;
 use vvu_agent::supervisor::Supervisor;
-use vvu_agent::uuid::Uuid;
-use vvu_agent::window::Window;
-use vvu_protocol::address::{FileOffset, GuestAddress, UserAddress};
+use vvu_protocol::address::FileOffset;
 use vvu_protocol::control::{Channel, Handle, Status};
-use vvu_protocol::dax::NODE_OFFSET;
 use vvu_protocol::doorbell::{PeerId, Vector};
-use vvu_protocol::features::{Features, ProtocolFeatures};
-use vvu_protocol::memory::MemoryRegion;
-use vvu_protocol::message::{
-    ConfigSpace, FrontEndReply, FrontEndRequest, LogArea, RawMessage, VringAddresses, VringFile, VringState,
-};
+use vvu_protocol::features::ProtocolFeatures;
+use vvu_protocol::message::{FrontEndReply, FrontEndRequest, LogArea, RawMessage};
 use vvu_protocol::window::{ALIGNMENT, MEMORY_OFFSET};
-use vvu_socket::event::{self, Event};
+use vvu_socket::event;
 
 use crate::back_end::{MARK, Script, program};
-use crate::bridge::{Bridge, Eventfds, VECTORS};
-
-type Request = FrontEndRequest<Handle>;
-
-const WINDOW_LEN: u64 = MEMORY_OFFSET.0 + (64 << 20);
-const DONE: FrontEndReply<Handle> = FrontEndReply::Acknowledgement(0);
-
-/// After this, what is awaited will not come.
-const LIMIT: Duration = Duration::from_secs(60);
-
-/// What a story has to do with.
-struct Stage {
-    bridge: Bridge,
-    eventfds: Eventfds,
-    window: File,
-}
-
-type Story<'a> = Pin<Box<dyn Future<Output = ()> + 'a>>;
-
-/// Runs a device set with a back-end that keeps to `script`, until the story is over.
-fn play(script: Script, story: impl FnOnce(&Stage) -> Story<'_>) {
-    let directory = tempfile::tempdir().unwrap();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    LocalSet::new().block_on(&runtime, async {
-        // The window as the agent sees it starts behind its header.
-        let name = format!("window-{script:?}");
-        let window = rustix::fs::memfd_create(name.as_str(), rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-        rustix::fs::ftruncate(&window, WINDOW_LEN - NODE_OFFSET).unwrap();
-        let (reaper, reaper_task) = Reaper::new(Scope::OwnChildren).unwrap();
-        let file: Arc<OwnedFd> = Arc::new(window.try_clone().unwrap());
-        let supervisor = Supervisor::new(program(script, directory.path()), reaper, &file).unwrap();
-        let (bridge, port) = Bridge::new(WINDOW_LEN);
-        let eventfds = Eventfds::new();
-        let window_of_set = Window { file, len: WINDOW_LEN };
-        let mut set = DeviceSet::new(Uuid([7; 16]), port, eventfds.clone(), window_of_set, supervisor);
-        let stage = Stage { bridge, eventfds, window: window.into() };
-        let started = std::time::Instant::now();
-        tokio::select! {
-            () = story(&stage) => {}
-            ended = set.serve() => panic!("device set ended: {ended:?}"),
-            ended = reaper_task.run() => panic!("reaper ended: {ended:?}"),
-            () = past(started) => panic!("what is awaited does not come"),
-        }
-    });
-}
-
-/// Waits for the limit by a clock that stories cannot wind forward.
-async fn past(started: std::time::Instant) {
-    let (sender, receiver) = tokio::sync::oneshot::channel();
-    std::thread::spawn(move || {
-        std::thread::sleep(LIMIT.saturating_sub(started.elapsed()));
-        sender.send(())
-    });
-    receiver.await.unwrap();
-}
-
-fn region(guest: u64, size: u64, user: u64, window: u64) -> (MemoryRegion, Handle) {
-    let region = MemoryRegion {
-        guest_address: GuestAddress(guest),
-        size,
-        user_address: UserAddress(user),
-        mmap_offset: FileOffset(window),
-    };
-    (region, Handle::Window)
-}
-
-fn state(num: u32) -> VringState {
-    VringState { index: 0, num }
-}
-
-fn file(handle: Handle) -> VringFile<Handle> {
-    VringFile { index: 0, descriptor: Some(handle) }
-}
-
-const ADDRESSES: VringAddresses =
-    VringAddresses { index: 0, flags: 0, descriptors: 0x1000, used: 0x3000, available: 0x2000, log: 0 };
-
-/// As QEMU starts a device, with a hole in driver memory, and the answer to each request.
-fn start_sequence() -> Vec<(Request, FrontEndReply<Handle>)> {
-    use FrontEndRequest as R;
-    let features = Features::VERSION_1 | Features::PROTOCOL_FEATURES;
-    let config = ConfigSpace { offset: 0, flags: 0, bytes: vec![5; 60] };
-    let start = MEMORY_OFFSET.0;
-    let table = vec![
-        region(0, 0xa_0000, 0x7f00_0000_0000, start),
-        region(0xc_0000, (8 << 20) - 0xc_0000, 0x7f00_000c_0000, start + 0xc_0000),
-        region(0x1_0000_0000, 4 << 20, 0x7f00_0080_0000, start + (8 << 20)),
-    ];
-    vec![
-        (R::GetFeatures, FrontEndReply::Number(features.bits())),
-        (R::SetProtocolFeatures(ProtocolFeatures::empty()), DONE),
-        (R::SetOwner, DONE),
-        (R::SetVringCall(file(Handle::Peer(PeerId(2)))), DONE),
-        (R::SetVringErr(file(Handle::Peer(PeerId(3)))), DONE),
-        (R::GetConfig(config.clone()), FrontEndReply::Config(Some(config))),
-        (R::SetFeatures(features), DONE),
-        (R::SetMemTable(table), DONE),
-        (R::SetVringNum(state(128)), DONE),
-        (R::SetVringBase(state(0)), DONE),
-        (R::SetVringAddr(ADDRESSES), DONE),
-        (R::SetVringKick(file(Handle::Vector(Vector(1)))), DONE),
-        (R::SetVringCall(VringFile { index: 0, descriptor: None }), DONE),
-        (R::SetVringCall(file(Handle::Peer(PeerId(2)))), DONE),
-        (R::SetVringEnable(state(1)), DONE),
-    ]
-}
-
-async fn start(stage: &Stage) {
-    // The answer is the back-end's own.
-    assert!(matches!(stage.bridge.ask(Request::GetProtocolFeatures).await, FrontEndReply::Number(_)));
-    for (request, answer) in start_sequence() {
-        let name = request.name();
-        assert_eq!(stage.bridge.ask(request).await, answer, "{name}");
-    }
-}
-
-/// What the back-end signals by the call eventfd of [`start_sequence`].
-fn called(stage: &Stage) -> Event {
-    let eventfd = stage.eventfds.clone().peer(PeerId(2)).unwrap();
-    Event::new(eventfd.try_clone().unwrap()).unwrap()
-}
-
-async fn process_id(stage: &Stage) -> u64 {
-    match stage.bridge.ask(Request::GetQueueNum).await {
-        FrontEndReply::Number(id) => id,
-        other => panic!("{other:?}"),
-    }
-}
+use crate::bridge::VECTORS;
+use crate::stage::{
+    ADDRESSES, DONE, MEMORY_IN_NODE, Request, Stage, WINDOW_LEN, file, play, process_id, region, start, state,
+};
 
 async fn a_driver_is_served(stage: &Stage) {
     start(stage).await;
     // The two regions around the hole have become one, so there are two marks: at each region's place in the window.
     for offset in [0, 8 << 20] {
         let mut found = [0; MARK.len()];
-        let place = MEMORY_OFFSET.0 - NODE_OFFSET + offset;
+        let place = MEMORY_IN_NODE + offset;
         stage.window.read_exact_at(&mut found, place).unwrap();
         assert_eq!(found, MARK, "at {offset:#x}");
         stage.window.write_all_at(&[0; MARK.len()], place).unwrap();
     }
-    let call = called(stage);
+    let call = stage.called();
     for _ in 0..3 {
         event::signal(stage.eventfds.vector(Vector(1)).unwrap()).unwrap();
         call.signalled().await.unwrap();
@@ -268,10 +132,7 @@ fn what_cannot_be_carried_is_refused_and_the_session_goes_on() {
                 R::Unknown(unknown),
             ];
             for request in requests {
-                let (code, name) = (request.code(), request.name());
-                stage.bridge.send(request);
-                let answer = stage.bridge.frame().await.message;
-                assert_eq!(answer, RawMessage::reply(code, 1_u64.to_le_bytes().to_vec(), vec![]), "{name}");
+                stage.refused(request).await;
             }
             a_driver_is_served(stage).await;
         })
@@ -402,7 +263,7 @@ fn a_front_end_that_goes_while_it_waits_leaves_nothing_behind() {
             let first = process_id(stage).await;
             start(stage).await;
             stage.bridge.send(Request::GetVringBase(state(0)));
-            called(stage).signalled().await.unwrap();
+            stage.called().signalled().await.unwrap();
             stage.bridge.disconnect();
             stage.bridge.connect().await;
             assert_eq!(process_id(stage).await, first);
