@@ -14,7 +14,8 @@ pub const CAPABILITIES: &str = r#"{"type": "block", "features": ["read-only", "b
 
 /// vhost-user-blk back-end: serves a raw disk image or block device to a virtual machine.
 ///
-/// Serves one front-end at a time, and the next after it has left. SIGUSR1 writes the counters to the log, SIGTERM ends.
+/// Serves one front-end at a time, and the next after it has left. SIGHUP looks at the size of the image again (a block
+/// device is looked at when it changes), SIGUSR1 writes the counters to the log, SIGTERM ends.
 #[derive(Debug, Parser)]
 #[command(name = "vvu-blk", version)]
 pub struct Cli {

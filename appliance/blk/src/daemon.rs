@@ -1,6 +1,7 @@
 //! The program's life: open the image, listen, serve one front-end after the other, end on a signal.
 
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use crate::image::{Image, ImageError};
 use crate::listener::{Endpoint, FrontEnds, ListenerError};
 use crate::lost_memory;
 use crate::signals::{Signals, Wish};
+use crate::size_events::SizeEvents;
 use crate::worker::error_chain;
 
 /// Most queues of a device; each has a thread.
@@ -67,20 +69,23 @@ pub fn run(options: &Options) -> Result<(), DaemonError> {
     let signals = Signals::take_over()?;
     lost_memory::install()?;
     let image = Image::open(&options.image, options.read_only, options.io_alignment)?;
+    let wishes = Wishes::new(signals, &image);
     let device = Arc::new(Device::new(image, serial_bytes(&options.serial), options.queues));
+    // What has changed before there was somebody to see it.
+    look_again(&device);
     Engine::probe(&device.image).map_err(|error| DaemonError::Engine(error.into()))?;
     tracing::info!(endpoint = ?options.endpoint, queues = options.queues, "listening");
 
     let connections = LogLimit::default();
     while let Some(socket) = front_ends.waiting() {
-        match wait(&signals, &socket)? {
-            Event::Signal(Wish::Report) => device.counters.log(),
-            Event::Signal(Wish::LookAgain) => {
+        match wishes.wait(&socket)? {
+            Event::Wish(Wish::Report) => device.counters.log(),
+            Event::Wish(Wish::LookAgain) => {
                 look_again(&device);
             }
-            Event::Signal(Wish::End) => break,
+            Event::Wish(Wish::End) => break,
             Event::Other => {
-                if serve_front_end(&device, front_ends.next()?, &signals, &connections)? {
+                if serve_front_end(&device, front_ends.next()?, &wishes, &connections)? {
                     break;
                 }
             }
@@ -102,7 +107,7 @@ fn serial_bytes(serial: &str) -> [u8; SERIAL_LEN] {
 fn serve_front_end(
     device: &Arc<Device>,
     stream: UnixStream,
-    signals: &Signals,
+    wishes: &Wishes,
     connections: &LogLimit,
 ) -> Result<bool, DaemonError> {
     let suppressed = connections.admit(Instant::now());
@@ -123,14 +128,14 @@ fn serve_front_end(
             gone.wake();
         });
         loop {
-            match wait(signals, &gone)? {
-                Event::Signal(Wish::Report) => device.counters.log(),
-                Event::Signal(Wish::LookAgain) => {
+            match wishes.wait(&gone)? {
+                Event::Wish(Wish::Report) => device.counters.log(),
+                Event::Wish(Wish::LookAgain) => {
                     if look_again(device) {
                         handle.config_changed();
                     }
                 }
-                Event::Signal(Wish::End) => {
+                Event::Wish(Wish::End) => {
                     end = true;
                     handle.end();
                 }
@@ -163,24 +168,46 @@ fn log_outcome(outcome: Result<Ending, SessionError>) {
 }
 
 enum Event {
-    Signal(Wish),
+    /// Of the operator, or of the kernel: that of a block device that has another size.
+    Wish(Wish),
     /// The other descriptor is readable.
     Other,
 }
 
-fn wait(signals: &Signals, other: &impl std::os::fd::AsFd) -> io::Result<Event> {
-    loop {
-        if let Some(wish) = signals.next() {
-            return Ok(Event::Signal(wish));
-        }
-        let mut polled = [PollFd::new(signals, PollFlags::IN), PollFd::new(other, PollFlags::IN)];
-        match poll(&mut polled, None) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-        let [_, other] = &polled;
-        if !other.revents().is_empty() {
-            return Ok(Event::Other);
+/// What the program follows, with or without a front-end.
+struct Wishes {
+    signals: Signals,
+    /// None for a regular file.
+    size_events: Option<SizeEvents>,
+}
+
+impl Wishes {
+    fn new(signals: Signals, image: &Image) -> Self {
+        let size_events = image.is_block_device().then(|| SizeEvents::of(image.file())).and_then(|events| {
+            let hint = "a new size of the image is noticed on SIGHUP only";
+            events.inspect_err(|error| tracing::warn!(%error, hint, "no events of the kernel")).ok()
+        });
+        Self { signals, size_events }
+    }
+
+    /// Waits for a wish, or until `other` is readable.
+    fn wait(&self, other: &impl AsFd) -> io::Result<Event> {
+        loop {
+            if let Some(wish) = self.signals.next() {
+                return Ok(Event::Wish(wish));
+            }
+            if self.size_events.as_ref().is_some_and(SizeEvents::take) {
+                return Ok(Event::Wish(Wish::LookAgain));
+            }
+            let mut polled = vec![PollFd::new(other, PollFlags::IN), PollFd::new(&self.signals, PollFlags::IN)];
+            polled.extend(self.size_events.iter().map(|events| PollFd::new(events, PollFlags::IN)));
+            match poll(&mut polled, None) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+            if polled.first().is_some_and(|other| !other.revents().is_empty()) {
+                return Ok(Event::Other);
+            }
         }
     }
 }

@@ -12,7 +12,7 @@
 //! - unsafe: `engine` (io_uring, with `transfer`), `descriptors`, `signals`, `lost_memory`
 //! - one queue: `worker` (its thread), `execution` (its requests)
 //! - the device: `device`, `image`, `write_gate`, `counters`
-//! - the program: `cli`, `daemon`, `listener`
+//! - the program: `cli`, `daemon`, `listener`, `size_events`
 //!
 //! Messages, rings and what keeps requests from being lost are those of `vvu-back-end`.
 
@@ -32,6 +32,7 @@ mod listener;
 mod lost_memory;
 mod request;
 mod signals;
+mod size_events;
 mod transfer;
 mod worker;
 mod write_gate;

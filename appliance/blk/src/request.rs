@@ -134,12 +134,13 @@ impl Request {
     }
 }
 
-/// What the disk allows, latched when the ring starts.
+/// What the disk allows.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct DiskRules {
+    /// Of the moment.
     pub(crate) capacity_sectors: u64,
     pub(crate) read_only: bool,
-    /// Negotiated feature bits.
+    /// Negotiated feature bits, latched when the ring starts.
     pub(crate) features: u64,
 }
 

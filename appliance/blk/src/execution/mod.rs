@@ -120,6 +120,8 @@ impl<'a> Executor<'a> {
         slot.ranges.clear();
         slot.range = 0;
         slot.done = 0;
+        // The image may have grown or shrunk since the last request.
+        self.rules.capacity_sectors = self.device.image.capacity_sectors();
         let plan = self.rules.plan(&request, total_len(&slot.data));
         self.in_flight += 1;
         match plan {

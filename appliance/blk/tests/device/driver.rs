@@ -267,6 +267,8 @@ pub(crate) struct Queue {
     pub(crate) use_indirect: bool,
     /// What the front-end adds to ring addresses: its own addresses, or none where an IOMMU translates.
     pub(crate) address_base: u64,
+    /// What the driver adds to the addresses in descriptors: 0, or the start of its I/O addresses.
+    pub(crate) io_base: u64,
     /// Where writes to the used ring are logged, if they are to be.
     pub(crate) log_address: Option<u64>,
 }
@@ -288,6 +290,7 @@ impl Queue {
             indirect: features & INDIRECT != 0,
             use_indirect: false,
             address_base: USER_BASE,
+            io_base: 0,
             log_address: None,
         }
     }
@@ -331,6 +334,7 @@ impl Queue {
     }
 
     pub(crate) fn put_desc(&self, memory: &GuestMemoryMmap<()>, index: u16, desc: Desc) {
+        let desc = Desc { address: desc.address + self.io_base, ..desc };
         memory.write_slice(&desc.bytes(), GuestAddress(self.desc + 16 * u64::from(index))).unwrap();
     }
 
@@ -386,6 +390,7 @@ impl Queue {
             };
             match table {
                 Some(table) => {
+                    let desc = Desc { address: desc.address + self.io_base, ..desc };
                     memory.write_slice(&desc.bytes(), GuestAddress(table + 16 * u64::from(index))).unwrap();
                 }
                 None => self.put_desc(memory, index, desc),
@@ -400,7 +405,7 @@ impl Queue {
 
     /// Where the data of a request is, by the second descriptor of its chain.
     pub(crate) fn data_address(&self, memory: &GuestMemoryMmap<()>, head: u16) -> u64 {
-        memory.read_obj(GuestAddress(self.desc + 16 * (u64::from(head) + 1))).unwrap()
+        memory.read_obj::<u64>(GuestAddress(self.desc + 16 * (u64::from(head) + 1))).unwrap() - self.io_base
     }
 
     /// Does one request and returns its status and the length in the used ring.

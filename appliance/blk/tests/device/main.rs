@@ -10,10 +10,16 @@
     reason = "a test that meets the unexpected is to fail right there, helpers included; numbers are the test's own"
 )]
 
+mod back_channel;
+mod crash;
+mod dirty_log;
 mod driver;
 mod hostile;
+mod iommu;
 mod lifecycle;
 mod process;
 mod requests;
+mod resize;
+mod slots;
 mod speed;
 mod storage;

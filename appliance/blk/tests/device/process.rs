@@ -46,7 +46,7 @@ impl Program {
             unshare
         };
         command.arg("--socket-path").arg(&socket).arg("--image").arg(image).args(arguments);
-        command.env("RUST_LOG", "vvu_blk=debug").stdin(Stdio::null());
+        command.env("RUST_LOG", "vvu_blk=debug,vvu_back_end=debug").stdin(Stdio::null());
         let program = Self::spawn(command, directory);
         program.wait_for_line(|line| line.contains("listening"));
         program
@@ -125,6 +125,11 @@ impl Program {
         std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
     }
 
+    /// Number of mappings that the program has.
+    pub(crate) fn mappings(&self) -> usize {
+        std::fs::read_to_string(format!("/proc/{}/maps", self.child.id())).unwrap().lines().count()
+    }
+
     pub(crate) fn wait(&mut self) -> ExitStatus {
         let process = rustix::process::Pid::from_child(&self.child);
         let ended = rustix::process::pidfd_open(process, rustix::process::PidfdFlags::empty()).unwrap();
@@ -168,6 +173,10 @@ impl ImageFile {
         self.directory.path().join("disk.img")
     }
 
+    pub(crate) fn resize(&self, len: u64) {
+        std::fs::OpenOptions::new().write(true).open(self.path()).unwrap().set_len(len).unwrap();
+    }
+
     pub(crate) fn content(&self) -> Vec<u8> {
         std::fs::read(self.path()).unwrap()
     }
@@ -187,5 +196,29 @@ impl ImageFile {
         };
         let text = String::from_utf8_lossy(&output.stdout);
         assert!(output.status.success() && !text.contains("verification failed"), "qemu-io: {text}");
+    }
+}
+
+/// A block device with blocks of 4 KiB; needs the rights of root.
+pub(crate) struct LoopDevice {
+    pub(crate) path: String,
+}
+
+impl LoopDevice {
+    pub(crate) fn new(image: &ImageFile) -> Self {
+        let output = Command::new("losetup")
+            .args(["--find", "--show", "--sector-size", "4096", "--direct-io=off"])
+            .arg(image.path())
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "losetup: {}", String::from_utf8_lossy(&output.stderr));
+        Self { path: String::from_utf8(output.stdout).unwrap().trim().to_owned() }
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        // Detached when the program has closed it.
+        let _detached = Command::new("losetup").args(["--detach", &self.path]).status();
     }
 }

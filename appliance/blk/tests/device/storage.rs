@@ -1,10 +1,9 @@
 //! Storage that is peculiar or fails: the driver gets an answer, and the right one.
 
 use std::os::unix::fs::FileExt;
-use std::process::Command;
 
 use crate::driver::{DATA, FrontEnd, Req, noise};
-use crate::process::{ImageFile, Program, disk_directory};
+use crate::process::{ImageFile, LoopDevice, Program, disk_directory};
 
 const MIB: u64 = 1 << 20;
 
@@ -167,27 +166,4 @@ fn a_block_device_is_served_by_its_own_block_size() {
     assert_eq!(content[12288..][..4096], [0; 4096], "zeroed");
     assert_eq!(content[1025 * 512..][..512], data[..512]);
     assert_eq!(program.counter("zero_copy_bytes"), 65536);
-}
-
-struct LoopDevice {
-    path: String,
-}
-
-impl LoopDevice {
-    fn new(image: &ImageFile) -> Self {
-        let output = Command::new("losetup")
-            .args(["--find", "--show", "--sector-size", "4096", "--direct-io=off"])
-            .arg(image.path())
-            .output()
-            .unwrap();
-        assert!(output.status.success(), "losetup: {}", String::from_utf8_lossy(&output.stderr));
-        Self { path: String::from_utf8(output.stdout).unwrap().trim().to_owned() }
-    }
-}
-
-impl Drop for LoopDevice {
-    fn drop(&mut self) {
-        // Detached when the program has closed it.
-        let _detached = Command::new("losetup").args(["--detach", &self.path]).status();
-    }
 }
