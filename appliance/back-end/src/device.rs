@@ -90,5 +90,8 @@ pub trait Device: Send + Sync + 'static {
 
     /// Serves one ring until it is to stop, on the thread of its queue. To return before that is a failure, after which the
     /// ring waits for the front-end to start it anew.
+    ///
+    /// A request keeps the [`crate::Memory`] that it works on, and lets go of it as soon as its data is moved, before it is
+    /// returned: the front-end may be waiting for that to take memory away, and the ring for memory to return the request.
     fn serve(&self, service: Service<'_>);
 }

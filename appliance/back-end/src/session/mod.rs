@@ -47,9 +47,10 @@ const FAILURE: u64 = 1;
 /// Device features that the session has by itself.
 const OWN_FEATURES: Features = Features::PROTOCOL_FEATURES.union(Features::LOG_ALL).union(Features::ACCESS_PLATFORM);
 
-/// Protocol features that the session has by itself. Not among them, though it may look useful: GET_VRING_BASE_INFLIGHT,
-/// which lets a stopped ring leave requests in flight. What the kernel has handed to storage cannot be taken back, so nearly
-/// all of them would be waited for as they are today.
+/// Protocol features that the session has by itself. Not among them, though they may look useful:
+/// - GET_VRING_BASE_INFLIGHT lets a stopped ring leave requests in flight. What the kernel has handed to storage cannot be
+///   taken back, so nearly all of them would be waited for as they are today.
+/// - STATUS tells what the messages about rings tell, too; and a device that needs a reset is told by the err events.
 const OWN_PROTOCOL_FEATURES: ProtocolFeatures = ProtocolFeatures::MQ
     .union(ProtocolFeatures::LOG_SHMFD)
     .union(ProtocolFeatures::REPLY_ACK)

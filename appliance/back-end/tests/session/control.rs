@@ -212,3 +212,85 @@ fn an_end_from_inside_is_in_order() {
     assert!(matches!(front_end.outcome(), Ok(Ending::Ended)));
     assert_eq!((memory.named.mappings(), memory.named.descriptors()), (1, 2), "the test's own");
 }
+
+/// Numbers without a pattern.
+struct Noise(u64);
+
+impl Noise {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    /// Small more often than not: as an index, a count or a kind it is more likely to be taken.
+    fn number(&mut self) -> u64 {
+        let number = self.next();
+        match self.next() % 8 {
+            0 => number,
+            1 => number << 12,
+            2 => u64::MAX - number % 3,
+            _ => number % 4,
+        }
+    }
+
+    fn message(&mut self) -> RawMessage<OwnedFd> {
+        // Without 16: who takes the acknowledgements away waits for them in vain.
+        let code = match u32::try_from(self.next() % 46).unwrap() {
+            16 => 2,
+            code => code,
+        };
+        let row = FRONT_END_REQUESTS.iter().find(|row| row.code == code);
+        let count = if code == 5 { self.next() % 3 } else { row.map_or(0, |row| *row.descriptors.start() as u64) };
+        let descriptors = (0..count).map(|_| self.descriptor()).collect();
+        let len = match code {
+            5 => 8 + 32 * usize::try_from(count).unwrap(),
+            9 | 37 | 38 => 40,
+            6 | 26 | 41 => 16,
+            22 => 32,
+            31 | 32 => 24,
+            24 | 25 => 16,
+            2 | 8 | 10..=14 | 18..=20 | 23 | 27 | 35 | 39 | 42 => 8,
+            _ => 0,
+        };
+        let mut payload = (0..9).flat_map(|_| self.number().to_le_bytes()).collect::<Vec<_>>();
+        match code {
+            5 => payload[..8].copy_from_slice(&count.to_le_bytes()),
+            // No descriptor comes with it.
+            12..=14 => payload[..8].copy_from_slice(&(self.next() % 5 | 1 << 8).to_le_bytes()),
+            24 | 25 => payload[4..8].copy_from_slice(&4u32.to_le_bytes()),
+            _ => {}
+        }
+        payload.truncate(if self.next().is_multiple_of(64) { len + 1 } else { len });
+        RawMessage::request(code, true, payload, descriptors)
+    }
+
+    fn descriptor(&mut self) -> OwnedFd {
+        match self.next() % 4 {
+            0 => rustix::event::eventfd(0, rustix::event::EventfdFlags::NONBLOCK).unwrap(),
+            1 => UnixStream::pair().unwrap().0.into(),
+            _ => crate::front_end::NamedMemory::new(self.next() % 3 * 4096).fd(),
+        }
+    }
+}
+
+#[test]
+fn whatever_a_front_end_sends_the_session_ends_in_order() {
+    let mut answered = 0;
+    for seed in 1..400 {
+        let mut noise = Noise(0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(seed));
+        let mut front_end = FrontEnd::negotiated();
+        for _ in 0..40 {
+            front_end.send_raw(&noise.message());
+            if front_end.receive().is_none() {
+                break;
+            }
+            answered += 1;
+        }
+        front_end.close();
+        // A panic of the session or of a queue would come out here.
+        let _outcome = front_end.outcome();
+    }
+    assert!(answered > 400, "only {answered} messages were answered: this proves little");
+}

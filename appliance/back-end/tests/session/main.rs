@@ -3,6 +3,7 @@
 
 #![expect(
     clippy::unwrap_used,
+    clippy::indexing_slicing,
     clippy::panic,
     reason = "a test that meets the unexpected is to fail right there, helpers included; numbers are the test's own"
 )]
