@@ -10,7 +10,8 @@
 //!
 //! # Map
 //! - one connection: `session` (messages), `device` (what a device is to it), `notices` (what other threads want of it)
-//! - one ring: `vring` (its life between two threads), `ring` (the split ring), `chain` (descriptors)
+//! - one ring: `vring` (its life between two threads), `ring` with `ring_error` (the split ring), `chain`
+//!   (descriptors)
 //! - memory: `memory` (the table), `view` (what a ring sees of it), `place`, `iommu` with [`iotlb`]
 //! - shared with the front-end: [`inflight`], [`dirty_log`], on `shared_mapping` (unsafe)
 //! - [`wakeup`], [`log_limit`]
@@ -26,6 +27,7 @@ mod memory;
 mod notices;
 mod place;
 mod ring;
+mod ring_error;
 mod session;
 mod shared_mapping;
 mod view;
@@ -36,7 +38,8 @@ pub use chain::{Chain, ChainError, total_len};
 pub use device::{ConfigWriter, Device, DeviceError};
 pub use iotlb::Miss;
 pub use memory::{MAX_MEMORY_SLOTS, Memory, TableError};
-pub use ring::{Pause, Ring, RingError};
+pub use ring::Ring;
+pub use ring_error::{Pause, RingError};
 pub use session::{Connection, Ending, Handle, Refusal, SessionError};
 pub use view::{AccessError, Segment, View};
 pub use vring::{Changes, Service};

@@ -33,7 +33,8 @@ use vvu_protocol::features::Features;
 use crate::inflight::InflightBuffer;
 use crate::iotlb::Miss;
 use crate::notices::Notices;
-use crate::ring::{Pause, Ring, RingAddresses, RingError, RingParameters};
+use crate::ring::{Ring, RingAddresses, RingParameters};
+use crate::ring_error::{Pause, RingError};
 use crate::view::View;
 use crate::wakeup::Wakeup;
 

@@ -258,7 +258,7 @@ impl Noise {
         match code {
             5 => payload[..8].copy_from_slice(&count.to_le_bytes()),
             // No descriptor comes with it.
-            12..=14 => payload[..8].copy_from_slice(&(self.next() % 5 | 1 << 8).to_le_bytes()),
+            12..=14 => payload[..8].copy_from_slice(&((self.next() % 5) | (1 << 8)).to_le_bytes()),
             24 | 25 => payload[4..8].copy_from_slice(&4u32.to_le_bytes()),
             _ => {}
         }
