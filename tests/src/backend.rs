@@ -54,6 +54,8 @@ pub struct ServedImage {
     pub read_only: bool,
     /// Request queues offered.
     pub queues: u16,
+    /// Whether another back-end has the image open at the same time, as it is with a migration.
+    pub shared: bool,
     /// What the back-end finds around it, unless it runs as the test does.
     pub surroundings: Option<Surroundings>,
 }
@@ -61,13 +63,20 @@ pub struct ServedImage {
 impl ServedImage {
     /// The whole image, to be read and written, with one queue.
     pub fn writable(image: &Path) -> Self {
-        Self { image: image.to_owned(), read_only: false, queues: 1, surroundings: None }
+        Self { image: image.to_owned(), read_only: false, queues: 1, shared: false, surroundings: None }
     }
 
     /// Refuses writes.
     #[must_use]
     pub fn read_only(mut self) -> Self {
         self.read_only = true;
+        self
+    }
+
+    /// Shares the image with other back-ends.
+    #[must_use]
+    pub fn shared(mut self) -> Self {
+        self.shared = true;
         self
     }
 

@@ -25,6 +25,7 @@ pub mod evidence;
 pub mod files;
 pub mod fio;
 pub mod image_file;
+pub mod loss;
 pub mod process;
 pub mod qmp;
 pub mod surroundings;

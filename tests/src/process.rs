@@ -1,6 +1,5 @@
 //! Processes that die with the test that started them, and whose end can be awaited.
 
-use std::collections::VecDeque;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
@@ -109,7 +108,6 @@ pub struct Process {
     watched: Watched,
     log: PathBuf,
     lines: Receiver<String>,
-    recent: VecDeque<String>,
 }
 
 impl Process {
@@ -142,7 +140,7 @@ impl Process {
         let (sender, lines) = channel();
         thread::spawn(move || forward_lines(stdout, file, &sender));
         let watched = Watched::open(name, child.id())?;
-        Ok(Self { child, watched, log, lines, recent: VecDeque::new() })
+        Ok(Self { child, watched, log, lines })
     }
 
     /// The process to signal or to look at.
@@ -176,15 +174,15 @@ impl Process {
                     bail!("{} ended before {awaited}\n{}", self.watched.name, self.last_words())
                 }
             };
-            let picked = pick(&line);
-            if self.recent.len() == REPEATED_LINES {
-                self.recent.pop_front();
-            }
-            self.recent.push_back(line);
-            if let Some(value) = picked {
+            if let Some(value) = pick(&line) {
                 return Ok(value);
             }
         }
+    }
+
+    /// Lets the lines go that have come so far: what is awaited next comes later.
+    pub fn forget_lines(&mut self) {
+        while self.lines.try_recv().is_ok() {}
     }
 
     /// Waits for the process to end.

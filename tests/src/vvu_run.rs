@@ -1,18 +1,21 @@
 //! One `vvu run blk` with all of its processes, driven as an operator's service manager would drive it: by its command
 //! line, its JSON events, its exit code and SIGTERM.
 
-use std::fs;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::Duration;
+use std::{env, fs};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use rustix::process::Signal;
 use serde::Deserialize;
+use serde_json::json;
 
 use crate::backend::ServedImage;
 use crate::counters::BlkCounters;
-use crate::process::{Process, Watched};
+use crate::process::{Process, Watched, command_that_dies_with_us, output_of};
+use crate::qmp::Qmp;
 use crate::testbed::{Testbed, target_dir, workspace_program};
 
 /// How long the device may take to be ready: an appliance boots in a few seconds under TCG on an idle machine.
@@ -20,6 +23,12 @@ pub const READY_PATIENCE: Duration = Duration::from_secs(180);
 
 /// How long anything of a run may take to end once it must.
 pub const END_PATIENCE: Duration = Duration::from_secs(60);
+
+/// What `vvu run --json` says first.
+#[derive(Debug, Clone, Deserialize)]
+struct Starting {
+    runtime_dir: PathBuf,
+}
 
 /// What `vvu run --json` says first about a run that is up; see the launcher's own list of events.
 #[derive(Debug, Clone, Deserialize)]
@@ -29,10 +38,66 @@ struct Ready {
     timings_ms: TimingsMs,
 }
 
-#[derive(Debug, Clone, Copy, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 struct Pids {
     bridge: u32,
     qemu: u32,
+}
+
+/// What `vvu run --json` says when it has repaired a loss.
+#[derive(Debug, Clone, Copy, Deserialize)]
+struct Restarted {
+    pids: Pids,
+}
+
+/// What `vvu run --json` says when a driver VM goes on after a loss or with another appliance VM.
+#[derive(Debug, Clone, Copy, Deserialize)]
+struct Active {
+    pause_us: Option<u64>,
+}
+
+/// What `vvu status --json` says, as far as tests look at it.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Status {
+    /// The state in one word.
+    pub state: String,
+    /// The appliance VM in use.
+    pub appliance: Option<ApplianceStatus>,
+    /// Deaths that were repaired.
+    pub restarts: u64,
+}
+
+/// An appliance VM of a run.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct ApplianceStatus {
+    /// How many appliance VMs the run had before this one, plus one.
+    pub number: u32,
+    /// Its QEMU.
+    pub pid: u32,
+    qmp: PathBuf,
+    console: PathBuf,
+}
+
+/// What `vvu upgrade --json` says at its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+pub struct Replaced {
+    pause_us: Option<u64>,
+    took_ms: u64,
+}
+
+impl Replaced {
+    /// From the first ring's stop to the last ring's start, as the bridge has measured it.
+    ///
+    /// # Errors
+    /// If no driver VM was connected.
+    pub fn pause(&self) -> Result<Duration> {
+        self.pause_us.map(Duration::from_micros).context("no driver VM has gone along with the upgrade")
+    }
+
+    /// From the command until nothing of the old appliance VM was left.
+    pub fn took(&self) -> Duration {
+        Duration::from_millis(self.took_ms)
+    }
 }
 
 #[derive(Debug, Clone, Copy, Deserialize)]
@@ -67,24 +132,36 @@ impl VvuRun {
     /// # Errors
     /// If `vvu` or the appliance image are not built, or the device does not come up in [`READY_PATIENCE`].
     pub fn start(testbed: &Testbed, name: &str, image: &ServedImage) -> Result<Self> {
+        Self::start_with(testbed, name, image, &[])
+    }
+
+    /// As [`VvuRun::start`], with further options of `vvu run blk`.
+    ///
+    /// # Errors
+    /// As [`VvuRun::start`].
+    pub fn start_with(testbed: &Testbed, name: &str, image: &ServedImage, options: &[&str]) -> Result<Self> {
         let log_dir = testbed.folder().join(format!("{name}-logs"));
         let runtime_dir = testbed.runtime_dir()?;
         let mut command = image.command(workspace_program("vvu", "VVU_BIN")?);
         command.args(["run", "blk", "--json", "--image"]).arg(&image.image);
         command.arg("--socket").arg(testbed.socket(&format!("{name}.sock")));
         command.arg("--qemu").arg(&testbed.setup().qemu);
-        command.arg("--appliance").arg(target_dir()?.join("appliance"));
+        command.arg("--appliance").arg(appliance_dir()?);
         command.arg("--log-dir").arg(&log_dir);
         command.args(["--queues", &image.queues.to_string()]);
         if image.read_only {
             command.arg("--read-only");
         }
-        command.env("XDG_RUNTIME_DIR", &runtime_dir);
+        if image.shared {
+            command.arg("--share-image");
+        }
+        command.args(options).env("XDG_RUNTIME_DIR", &runtime_dir);
         let mut vvu = Process::spawn(name, command, testbed.folder())?;
+        let starting: Starting = vvu.await_line("first event", READY_PATIENCE, |line| event(line, "starting"))?;
         let ready: Ready = vvu.await_line("ready event", READY_PATIENCE, |line| event(line, "ready"))?;
         let bridge = Watched::open("the bridge", ready.pids.bridge)?;
         let appliance = Watched::open("the appliance's QEMU", ready.pids.qemu)?;
-        Ok(Self { vvu, bridge, appliance, ready, runtime_dir })
+        Ok(Self { vvu, bridge, appliance, ready, runtime_dir: starting.runtime_dir })
     }
 
     /// The socket for the driver VM's VMM.
@@ -110,6 +187,86 @@ impl VvuRun {
     /// The appliance VM's QEMU.
     pub fn appliance(&self) -> &Watched {
         &self.appliance
+    }
+
+    /// Waits until `vvu` has started what was lost, and the device is ready again; from then on [`VvuRun::bridge`] and
+    /// [`VvuRun::appliance`] are the new ones.
+    ///
+    /// # Errors
+    /// If the run ends, or it takes longer than [`READY_PATIENCE`].
+    pub fn await_restarted(&mut self) -> Result<()> {
+        let restarted: Restarted = self.vvu.await_line("restart", READY_PATIENCE, |line| event(line, "restarted"))?;
+        self.watch(restarted.pids)
+    }
+
+    /// Waits until the driver VM goes on after a loss inside the appliance VM; returns the pause that the bridge has
+    /// measured.
+    ///
+    /// # Errors
+    /// If the run ends, or it takes longer than [`READY_PATIENCE`].
+    pub fn await_resumed(&mut self) -> Result<Duration> {
+        self.vvu.await_line("end of a pause", READY_PATIENCE, |line| {
+            event::<Active>(line, "active")?.pause_us.map(Duration::from_micros)
+        })
+    }
+
+    /// Lets what `vvu` has said so far go: what is awaited next comes later.
+    pub fn forget_events(&mut self) {
+        self.vvu.forget_lines();
+    }
+
+    fn watch(&mut self, pids: Pids) -> Result<()> {
+        self.bridge = Watched::open("the bridge", pids.bridge)?;
+        self.appliance = Watched::open("the appliance's QEMU", pids.qemu)?;
+        Ok(())
+    }
+
+    /// `vvu status`.
+    ///
+    /// # Errors
+    /// If the command fails.
+    pub fn status(&self) -> Result<Status> {
+        self.command("status", &[])
+    }
+
+    /// `vvu upgrade` to the image in use, read anew.
+    ///
+    /// # Errors
+    /// If the command fails.
+    pub fn upgrade(&mut self) -> Result<Replaced> {
+        let replaced = self.command("upgrade", &[])?;
+        let now = self.status()?.appliance.context("no appliance VM after an upgrade")?;
+        self.watch(Pids { bridge: self.bridge.pid(), qemu: now.pid })?;
+        Ok(replaced)
+    }
+
+    /// `vvu resize`.
+    ///
+    /// # Errors
+    /// If the command fails.
+    pub fn resize(&self, bytes: u64) -> Result<()> {
+        self.command::<serde_json::Value>("resize", &[&bytes.to_string()]).map(drop)
+    }
+
+    /// Runs a command on this run; its last line is the answer.
+    fn command<T: for<'a> Deserialize<'a>>(&self, name: &str, arguments: &[&str]) -> Result<T> {
+        let mut command = command_that_dies_with_us(workspace_program("vvu", "VVU_BIN")?);
+        command.args([name, "--json"]).arg(self.socket()).args(arguments);
+        let output = output_of(&mut command)?;
+        let last = output.lines().last().with_context(|| format!("vvu {name} says nothing"))?;
+        serde_json::from_str(last).with_context(|| format!("vvu {name} says {last}"))
+    }
+
+    /// Has the appliance VM's kernel do what `key` stands for (its document sysrq.rst). It must have been booted with
+    /// `sysrq_always_enabled`.
+    ///
+    /// # Errors
+    /// If the appliance VM's console cannot be reached.
+    pub fn press_sysrq(&self, key: char) -> Result<()> {
+        let appliance = self.status()?.appliance.context("no appliance VM is in use")?;
+        let mut qmp = Qmp::greet(UnixStream::connect(&appliance.qmp).context("cannot reach the appliance's QMP")?)?;
+        qmp.execute_with("chardev-send-break", &json!({ "id": "console" }))?;
+        fs::write(&appliance.console, key.to_string()).context("cannot type on the appliance's console")
     }
 
     /// Waits for the counters that the back-end writes when a front-end has left.
@@ -164,13 +321,18 @@ impl VvuRun {
         if self.ready.socket.exists() {
             bail!("{} is left behind", self.ready.socket.display());
         }
-        let runs = self.runtime_dir.join("vvu");
-        let left = match fs::read_dir(&runs) {
-            Ok(entries) => entries.flatten().map(|entry| entry.path().display().to_string()).collect(),
-            Err(_) => Vec::new(),
-        };
-        ensure!(left.is_empty(), "left behind: {}", left.join(", "));
+        if self.runtime_dir.exists() {
+            bail!("{} is left behind", self.runtime_dir.display());
+        }
         Ok(())
+    }
+}
+
+/// The appliance image: `$VVU_APPLIANCE`, else the one that `cargo xtask image` has built.
+fn appliance_dir() -> Result<PathBuf> {
+    match env::var_os("VVU_APPLIANCE") {
+        Some(dir) => Ok(dir.into()),
+        None => Ok(target_dir()?.join("appliance")),
     }
 }
 

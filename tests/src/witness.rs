@@ -101,6 +101,8 @@ impl Witness {
             (Control::Blocks, self.load.blocks),
             (Control::Writers, self.load.writers),
             (Control::FlushOneIn, self.load.flush_one_in),
+            (Control::VerifyAsked, 0),
+            (Control::SharesVerified, 0),
             (Control::Stop, 0),
             (Control::State, State::Idle as u64),
             (Control::Completions, 0),
@@ -127,10 +129,24 @@ impl Witness {
     /// # Errors
     /// If the witness has found something wrong, or the disk stands still for [`PATIENCE`].
     pub fn await_requests(&self, vm: &mut DriverVm, more: u64) -> Result<()> {
+        let target = self.completions()? + more;
+        self.await_while_it_runs(vm, || Ok(self.completions()? >= target))
+    }
+
+    /// Has every block read and compared while the load goes on.
+    ///
+    /// # Errors
+    /// As [`Witness::await_requests`].
+    pub fn verify(&self, vm: &mut DriverVm) -> Result<()> {
+        let asked = self.get(Control::VerifyAsked)? + 1;
+        self.set(Control::VerifyAsked, asked)?;
+        self.await_while_it_runs(vm, || Ok(self.get(Control::SharesVerified)? >= asked * self.load.writers))
+    }
+
+    fn await_while_it_runs(&self, vm: &mut DriverVm, mut reached: impl FnMut() -> Result<bool>) -> Result<()> {
         let mut seen = self.completions()?;
-        let target = seen + more;
         let mut deadline = Instant::now() + PATIENCE;
-        while seen < target {
+        while !reached()? {
             std::thread::sleep(LOOK_EVERY);
             self.check(vm)?;
             let now = self.completions()?;

@@ -14,9 +14,16 @@ use vvu_tests::testbed::{Testbed, machine_test};
 use vvu_tests::vvu_run::{END_PATIENCE, VvuRun};
 
 fn run(testbed: &Testbed) -> Result<VvuRun> {
-    let image = create(&testbed.folder().join("disk.img"), 128 << 20)?;
-    VvuRun::start(testbed, "disk", &ServedImage::writable(&image))
+    run_with(testbed, &[])
 }
+
+fn run_with(testbed: &Testbed, options: &[&str]) -> Result<VvuRun> {
+    let image = create(&testbed.folder().join("disk.img"), 128 << 20)?;
+    VvuRun::start_with(testbed, "disk", &ServedImage::writable(&image), options)
+}
+
+/// The first death ends the run.
+const NEVER_RESTART: [&str; 2] = ["--restart", "never"];
 
 /// Path: a driver VM whose VMM is killed with SIGKILL under load, a second front-end while one is served, the next driver
 /// VM on the same device, and the end of the run in order.
@@ -66,7 +73,7 @@ fn sigterm_ends_a_device_in_use() -> Result<()> {
 #[test]
 fn a_killed_bridge_takes_its_appliance_along() -> Result<()> {
     machine_test("a_killed_bridge_takes_its_appliance_along", |testbed| {
-        let run = run(testbed)?;
+        let run = run_with(testbed, &NEVER_RESTART)?;
         run.bridge().signal(Signal::KILL)?;
         run.appliance().await_end(END_PATIENCE)?;
         let (status, ended) = run.await_end()?;
@@ -80,7 +87,7 @@ fn a_killed_bridge_takes_its_appliance_along() -> Result<()> {
 #[test]
 fn a_killed_appliance_ends_the_run() -> Result<()> {
     machine_test("a_killed_appliance_ends_the_run", |testbed| {
-        let run = run(testbed)?;
+        let run = run_with(testbed, &NEVER_RESTART)?;
         let vm = DriverVmPlan::new(testbed, "driver").disk(Disk::at(run.socket())).boot()?;
         run.appliance().signal(Signal::KILL)?;
         run.bridge().await_end(END_PATIENCE)?;

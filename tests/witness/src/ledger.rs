@@ -41,6 +41,8 @@ pub enum Control {
     Writers,
     /// One of how many requests is a FLUSH.
     FlushOneIn,
+    /// How often the host has asked for all blocks to be read and compared while the load runs.
+    VerifyAsked,
     /// Not 0: stop after the requests in flight.
     Stop,
     /// A [`State`].
@@ -49,6 +51,8 @@ pub enum Control {
     Completions,
     /// FLUSH requests among them.
     Flushes,
+    /// Shares that were read as [`Control::VerifyAsked`] says, all writers together.
+    SharesVerified,
     /// Longest time in nanoseconds in which no request completed, since the host last stored 0 here.
     LongestGap,
     /// What went wrong, a [`Failure`]; the following words say more.

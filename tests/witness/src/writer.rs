@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 
 use rustix::io::{Errno, preadv, pwritev, retry_on_intr};
 use vvu_witness::block::{BLOCK_LEN, Block, Content};
@@ -46,7 +47,6 @@ impl std::fmt::Display for Fault {
 impl Fault {
     /// Stores the fault in the ledger if it is the first one.
     pub(crate) fn report(&self, ledger: Ledger) {
-        use std::sync::atomic::Ordering::SeqCst;
         let (failure, block, expected, found) = match *self {
             Self::Io { block, errno, .. } => (Failure::Io, block, u64::from(errno.raw_os_error().unsigned_abs()), 0),
             Self::Short { block, .. } => (Failure::Io, block, 0, 0),
@@ -55,7 +55,7 @@ impl Fault {
             }
         };
         let word = ledger.control(Control::Failure);
-        if word.compare_exchange(Failure::None as u64, failure as u64, SeqCst, SeqCst).is_ok() {
+        if word.compare_exchange(Failure::None as u64, failure as u64, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
             ledger.store(Control::FailureBlock, block);
             ledger.store(Control::FailureExpected, expected);
             ledger.store(Control::FailureFound, found);
@@ -72,6 +72,8 @@ pub(crate) struct Writer<'a> {
     share: Range<u64>,
     seed: u64,
     flush_one_in: u64,
+    /// How often the share was verified while the load runs.
+    verified: u64,
     dice: Dice,
     buffers: Vec<Block>,
 }
@@ -90,6 +92,7 @@ impl<'a> Writer<'a> {
             share,
             seed: ledger.load(Control::Seed),
             flush_one_in: ledger.load(Control::FlushOneIn),
+            verified: 0,
             dice,
             buffers: vec![Block::default(); usize::try_from(BLOCKS_PER_REQUEST).unwrap_or(1)],
         }
@@ -106,8 +109,15 @@ impl<'a> Writer<'a> {
         Ok(())
     }
 
-    /// Does one request of the load.
+    /// Does one request of the load, or verifies the whole share if the host has asked for it.
     pub(crate) fn step(&mut self) -> Result<(), Fault> {
+        let asked = self.ledger.load(Control::VerifyAsked);
+        if self.verified < asked {
+            self.verify()?;
+            self.verified = asked;
+            self.ledger.control(Control::SharesVerified).fetch_add(1, Ordering::SeqCst);
+            return Ok(());
+        }
         if self.dice.below(self.flush_one_in) == 0 && self.flush_one_in > 0 {
             return self.flush();
         }
@@ -162,7 +172,7 @@ impl<'a> Writer<'a> {
         for block in self.share.clone() {
             self.ledger.set_durable(block, self.ledger.record(block).acknowledged);
         }
-        self.ledger.control(Control::Flushes).fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        self.ledger.control(Control::Flushes).fetch_add(1, Ordering::SeqCst);
         self.clock.complete();
         Ok(())
     }
