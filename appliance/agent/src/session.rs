@@ -148,7 +148,9 @@ impl<P: ControlPort, D: Doorbell, S: Supervise> DeviceSet<P, D, S> {
         );
         let back_channel = BackChannelTask::new(uuid, back_end, back_channels);
         let device_state = DeviceStateTask::new(uuid, device_state, transfers);
+        // Each is polled whenever one has something to do; the order only says whose word counts if two end at once.
         tokio::select! {
+            biased;
             end = router.run() => end,
             end = front_end.run() => Ok(end),
             end = back_channel.run() => Ok(end),

@@ -39,6 +39,7 @@ impl BackChannelTask {
         let mut socket = self.connections.take().await;
         loop {
             let message = tokio::select! {
+                biased;
                 newer = self.connections.take() => {
                     socket = newer;
                     continue;

@@ -111,8 +111,10 @@ impl<'a, D: Doorbell> FrontEndTask<'a, D> {
     pub(super) async fn run(mut self) -> End {
         loop {
             let incoming = tokio::select! {
-                incoming = self.bridge.receive() => incoming,
+                // Nothing is asked of a back-end that is gone.
+                biased;
                 error = self.link.broken() => return error.into(),
+                incoming = self.bridge.receive() => incoming,
             };
             match self.answer(incoming).await {
                 Ok(answer) => self.bridge.send(answer).await,

@@ -140,11 +140,13 @@ impl<'a, P: ControlPort> Router<'a, P> {
             // A peer that never lets us wait would keep other device sets from their turn.
             tokio::task::consume_budget().await;
             let step = tokio::select! {
+                // What goes out first: turns keep it short, whereas a bridge may send frames to be dropped without end.
+                biased;
+                Some((channel, message)) = self.outbox.recv() => self.send(channel, message),
                 event = self.port.event() => match event? {
                     ControlEvent::ConfigChange => self.handle_config(),
                     ControlEvent::Frame(bytes) => self.handle_frame(&bytes),
                 },
-                Some((channel, message)) = self.outbox.recv() => self.send(channel, message),
             };
             match step {
                 Ok(()) => {}
