@@ -20,6 +20,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
+use std::time::Instant;
 
 use virtio_bindings::bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
 use vm_memory::{AtomicAccess, Bytes, GuestMemoryError, Permissions};
@@ -27,9 +28,13 @@ use vvu_protocol::features::Features;
 
 use crate::chain::{Chain, DESCRIPTOR_LEN};
 use crate::inflight::{InflightBuffer, InflightQueue};
+use crate::log_limit::LogLimit;
 use crate::place::Place;
 use crate::ring_error::RingError;
 use crate::view::{AccessError, View};
+
+/// What a front-end can cause to be logged in this module, over all connections.
+static LOG: LogLimit = LogLimit::new();
 
 /// Most entries of a split ring (virtio 1.3, section 2.7).
 const MAX_SIZE: u16 = 32768;
@@ -185,18 +190,22 @@ impl Ring {
         let recovered = inflight.recover(self.published);
         let outstanding = self.available_idx()?.wrapping_sub(self.published);
         if recovered.heads.len() > usize::from(outstanding) {
-            tracing::warn!(
-                in_flight = recovered.heads.len(),
-                outstanding,
-                "the inflight buffer is of another ring; its content is dropped"
-            );
+            if let Some(suppressed) = LOG.admit(Instant::now()) {
+                let in_flight = recovered.heads.len();
+                tracing::warn!(
+                    in_flight,
+                    outstanding,
+                    suppressed,
+                    "inflight buffer of another ring; content is dropped"
+                );
+            }
             inflight.discard();
         } else {
-            if !recovered.heads.is_empty() {
-                tracing::info!(
-                    in_flight = recovered.heads.len(),
-                    "requests of the former back-end are submitted again"
-                );
+            if !recovered.heads.is_empty()
+                && let Some(suppressed) = LOG.admit(Instant::now())
+            {
+                let in_flight = recovered.heads.len();
+                tracing::info!(in_flight, suppressed, "requests of the former back-end are submitted again");
             }
             self.next_avail = recovered.next_avail;
             self.recovered = recovered.heads.into();

@@ -16,6 +16,8 @@ use vvu_protocol::features::{Features, ProtocolFeatures};
 pub(crate) struct Echo {
     /// Requests are taken and not completed.
     held: AtomicBool,
+    /// While it is locked, no queue's thread looks at what has changed.
+    pub(crate) gate: Mutex<()>,
     /// Wakes the queues that are served.
     wakeups: Mutex<Vec<Arc<Wakeup>>>,
     /// Heads in the order in which they were taken, with their queue.
@@ -119,6 +121,7 @@ impl Queue<'_> {
     fn run(mut self) {
         let mut kick = Arc::clone(self.service.kick());
         loop {
+            drop(self.device.gate.lock().unwrap());
             let changes = self.service.update(self.ring.as_mut());
             kick = changes.kick.unwrap_or(kick);
             if changes.signal {

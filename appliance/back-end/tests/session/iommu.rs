@@ -226,6 +226,23 @@ fn a_ring_lets_go_of_its_own_place_when_that_is_taken_back() {
 }
 
 #[test]
+fn taking_back_a_rings_place_is_answered_when_the_ring_knows() {
+    let mut machine = Machine::with_ring();
+    machine.map(DATA_IOVA, DATA, READ | WRITE);
+    let device = std::sync::Arc::clone(&machine.front_end.device);
+    for (iova, is_ring) in [(DATA_IOVA, false), (RING_IOVA + machine.queue.available + 32, true)] {
+        let gate = device.gate.lock().unwrap();
+        let gone = Iotlb { iova, size: 1, user_address: 0, permission: 0, kind: 3 };
+        machine.front_end.send(Request::Iotlb(gone), true);
+        assert_eq!(machine.front_end.hears_something(), !is_ring, "{iova:#x}");
+        drop(gate);
+        if is_ring {
+            assert!(machine.front_end.receive().is_some());
+        }
+    }
+}
+
+#[test]
 fn a_new_channel_is_asked_what_the_old_one_was() {
     let mut machine = Machine::new();
     let iova = machine.miss().iova;

@@ -1,9 +1,13 @@
 //! Start, stop, and what lies between.
 
-use vvu_protocol::message::{VringFile, VringState};
+use std::sync::Arc;
+
+use vvu_protocol::address::FileOffset;
+use vvu_protocol::features::Features;
+use vvu_protocol::message::{LogArea, VringFile, VringState};
 
 use crate::driver::{DATA, DriverMemory, PAGE, Queue, running, wait_until};
-use crate::front_end::{Events, FrontEnd, Request, wait_for};
+use crate::front_end::{Events, FEATURES, FrontEnd, Request, wait_for};
 
 #[test]
 fn a_stop_waits_for_what_is_in_flight_and_tells_the_position() {
@@ -46,6 +50,30 @@ fn a_ring_goes_on_where_it_was_stopped_and_misses_no_request() {
         queue.events = Events::new();
         queue.start(&mut front_end, base);
         assert_eq!(queue.wait_used(&memory).0, 4);
+    }
+}
+
+#[test]
+fn what_a_running_ring_sees_has_changed_when_the_change_is_answered() {
+    let (mut front_end, memory, mut queue) = running();
+    queue.echo(&memory, "before");
+    let log = crate::front_end::NamedMemory::new(PAGE);
+    let area = LogArea { size: PAGE, mmap_offset: FileOffset(0) };
+    front_end.done(Request::SetLogBase(area, log.fd()));
+    let device = Arc::clone(&front_end.device);
+    let changes: [(&str, Request); 4] = [
+        ("log", Request::SetFeatures(FEATURES | Features::LOG_ALL)),
+        ("log of the used ring", Request::SetVringAddr(queue.addresses(Some(queue.used)))),
+        ("another log", Request::SetLogBase(area, log.fd())),
+        ("memory", Request::SetMemTable(vec![memory.region()])),
+    ];
+    for (name, request) in changes {
+        let gate = device.gate.lock().unwrap();
+        front_end.send(request, true);
+        assert!(!front_end.hears_something(), "{name} was answered before the ring knew of it");
+        drop(gate);
+        assert!(front_end.receive().is_some());
+        queue.echo(&memory, name);
     }
 }
 
