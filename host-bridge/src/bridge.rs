@@ -67,8 +67,9 @@ pub async fn serve(options: Options) -> anyhow::Result<()> {
         (None, Some(number)) => FrontEnds::inherit(number)?,
         (None, None) => bail!("--socket-path or --fd is missing"),
     };
-    tracing::info!(%uuid, directory = %directory.display(), window = layout.len(), queues = options.queues, "listening");
-    let sets = DeviceSets::bind(&directory, Model { uuid: *uuid.as_bytes(), queues: options.queues, layout })?;
+    let (window, queues) = (layout.len(), options.queues);
+    let sets = DeviceSets::bind(&directory, Model { uuid: *uuid.as_bytes(), queues, layout })?;
+    tracing::info!(%uuid, directory = %directory.display(), window, queues, "listening");
     Bridge::new(sets, front_ends).run().await
 }
 

@@ -230,11 +230,12 @@ impl Life {
             Event::ApplianceLost(Role::Standby) => self.standby_lost(),
             Event::FrontEndCame => self.front_end_came(),
             Event::FrontEndEnded => self.front_end_ended(),
-            Event::Attached => self.advance(Active::Ready, Active::Attached),
+            Event::Attached => self.work_done(Activity::Attach, Active::Attached),
             Event::BackEndLost => self.back_end_lost(),
-            Event::Drained => self.drained(),
+            // A standby that is gone by now is the next event.
+            Event::Drained => self.work_done(Activity::Drain, Active::Drained),
             Event::Moved => self.moved(),
-            Event::Cleared => self.advance(Active::Clearing, Active::Ready),
+            Event::Cleared => self.work_done(Activity::AwaitCleared, Active::Ready),
         };
         self.promote(&mut effects);
         if *self != before {
@@ -259,7 +260,10 @@ impl Life {
 
     fn active_ready(&mut self) -> Vec<Effect> {
         // One that is clearing is ready when its session is cleared away, which is an event of its own.
-        self.advance(Active::Down, Active::Ready)
+        if self.active == Active::Down {
+            self.active = Active::Ready;
+        }
+        Vec::new()
     }
 
     fn standby_ready(&mut self) -> Vec<Effect> {
@@ -273,25 +277,29 @@ impl Life {
         match (self.active, self.front_end) {
             // Its mappings are still there for the front-end that waits: they have to be undone if that one goes.
             (Active::Ready, FrontEnd::Connected) => self.clear(),
-            (Active::Ready, FrontEnd::None) => self.advance(Active::Ready, Active::Down),
+            (Active::Ready, FrontEnd::None) => {
+                self.active = Active::Down;
+                Vec::new()
+            }
             // The session has noticed it, or is about to.
             _ => Vec::new(),
         }
     }
 
     fn standby_down(&mut self) -> Vec<Effect> {
-        if self.standby == Standby::Ready {
-            self.standby = Standby::Down;
+        if self.standby != Standby::Ready {
+            return Vec::new();
         }
-        if self.active == Active::Drained { self.clear() } else { Vec::new() }
+        self.standby = Standby::Down;
+        self.return_to_active()
     }
 
     fn active_lost(&mut self) -> Vec<Effect> {
         if self.active == Active::None {
             return Vec::new();
         }
-        // One that was drained has told where each vring stands.
-        let unknown = self.has_front_end() && self.active == Active::Attached;
+        // One that was drained has told where each vring stands. One that is ready may have been attached in part.
+        let unknown = self.has_front_end() && matches!(self.active, Active::Ready | Active::Attached);
         self.active = Active::None;
         let tell = unknown.then_some(Effect::TellLoss);
         tell.into_iter().chain([Effect::Drop(Role::Active)]).collect()
@@ -302,21 +310,22 @@ impl Life {
             return Vec::new();
         }
         self.standby = Standby::None;
-        let mut effects = vec![Effect::Drop(Role::Standby)];
-        if self.active == Active::Drained {
-            effects.extend(self.clear());
+        [Effect::Drop(Role::Standby)].into_iter().chain(self.return_to_active()).collect()
+    }
+
+    /// The standby cannot take over from one that is drained. Its vrings may have run a little there.
+    fn return_to_active(&mut self) -> Vec<Effect> {
+        if self.active != Active::Drained {
+            return Vec::new();
         }
-        effects
+        [Effect::TellLoss].into_iter().chain(self.clear()).collect()
     }
 
     fn front_end_came(&mut self) -> Vec<Effect> {
-        match (self.front_end, self.active) {
-            (FrontEnd::None, Active::Ready) => {
-                self.front_end = FrontEnd::Connected;
-                Vec::new()
-            }
-            _ => vec![Effect::EndSession],
+        if self.activity() == Activity::AwaitFrontEnd {
+            self.front_end = FrontEnd::Connected;
         }
+        Vec::new()
     }
 
     fn front_end_ended(&mut self) -> Vec<Effect> {
@@ -338,13 +347,8 @@ impl Life {
         [Effect::TellLoss].into_iter().chain(self.clear()).collect()
     }
 
-    fn drained(&mut self) -> Vec<Effect> {
-        // A standby that is gone by now is noticed by the next event at the latest.
-        self.advance(Active::Attached, Active::Drained)
-    }
-
     fn moved(&mut self) -> Vec<Effect> {
-        if (self.active, self.standby) != (Active::Drained, Standby::Ready) {
+        if self.activity() != Activity::Move {
             return Vec::new();
         }
         self.active = Active::Attached;
@@ -357,9 +361,9 @@ impl Life {
         vec![Effect::Clear]
     }
 
-    fn advance(&mut self, from: Active, to: Active) -> Vec<Effect> {
-        if self.active == from {
-            self.active = to;
+    fn work_done(&mut self, work: Activity, then: Active) -> Vec<Effect> {
+        if self.activity() == work {
+            self.active = then;
         }
         Vec::new()
     }
@@ -385,3 +389,6 @@ impl Default for Life {
         Self::new()
     }
 }
+
+#[cfg(test)]
+mod tests;
