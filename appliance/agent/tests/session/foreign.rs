@@ -227,6 +227,8 @@ impl<'a> Driver<'a> {
     async fn start_again(&self, position: u32) {
         let stage = self.stage;
         stage.done(Request::SetVringBase(state(position))).await;
+        // The crate drops kick and call with GET_VRING_BASE.
+        stage.done(Request::SetVringCall(file(Handle::Peer(PeerId(2))))).await;
         stage.done(Request::SetVringKick(file(Handle::Vector(Vector(1))))).await;
         stage.done(Request::SetVringEnable(state(1))).await;
     }
