@@ -126,9 +126,8 @@ impl ApplianceVm<'_> {
         push(arguments, &["-display", "none"]);
         push(arguments, &["-sandbox", SANDBOX]);
         push(arguments, &["-run-with", "exit-with-parent=on"]);
-        let socket = self.in_runtime_dir(&qmp_socket(self.id));
-        let qmp = option("socket", &[("id", "qmp"), ("path", &socket), ("server", "on"), ("wait", "off")]);
-        push(arguments, &["-chardev", &qmp, "-mon", "chardev=qmp,mode=control"]);
+        let socket = self.in_runtime_dir(&qmp_socket(self.id)).replace(',', ",,");
+        push(arguments, &["-qmp", &format!("unix:{socket},server=on,wait=off")]);
         push(arguments, &["-name", &option("", &[("guest", &format!("vvu-{}", self.uuid)), ("debug-threads", "on")])]);
     }
 
@@ -313,8 +312,7 @@ mod tests {
     #[test]
     fn each_appliance_has_a_qmp_socket_of_its_own() {
         let arguments = arguments(Accel::Tcg);
-        let qmp = "socket,id=qmp,path=/run/user/0/vvu/a,,b/qmp-3.sock,server=on,wait=off";
-        assert!(values(&arguments, "-chardev").contains(&qmp), "{arguments:?}");
+        assert_eq!(values(&arguments, "-qmp"), ["unix:/run/user/0/vvu/a,,b/qmp-3.sock,server=on,wait=off"]);
         assert!(qmp_socket(ApplianceId(u32::MAX)).len() <= LONGEST_SOCKET_NAME.len());
     }
 

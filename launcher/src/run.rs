@@ -34,8 +34,12 @@ use crate::socket_path::SocketFile;
 use crate::supervisor::{Action, ApplianceId, Input, Part, Progress, Report, Supervisor};
 use crate::vmm_lines::{self, DeviceAddress};
 
-/// Announcements that are read before a death is handled: the bridge's view of what came before it.
-const MAX_NOTICES_BEFORE_DEATH: usize = 64;
+/// Announcements that are read before a death is handled: the bridge's view of what came before it. The system keeps fewer
+/// in a socket.
+const MAX_NOTICES_BEFORE_DEATH: usize = 1024;
+
+/// How long a drop by the bridge waits for the death that may be its cause, and that is the better reason to tell.
+const DEATH_FOLLOWS: Duration = Duration::from_millis(50);
 
 /// Serves one block device until a signal or a death ends it.
 pub(crate) async fn run_blk(args: &BlkArgs, output: &Output, started: Instant) -> Ending {
@@ -136,7 +140,10 @@ impl Run<'_> {
                 let (member, death) = death?;
                 self.died(member, death);
             }
-            notice = self.notify.next() => self.noticed(notice.context("cannot read the notification socket")?),
+            notice = self.notify.next() => {
+                let notice = notice.context("cannot read the notification socket")?;
+                self.noticed_in_order(notice).await?;
+            }
             asked = self.control.next() => self.asked(asked),
             () = requests::gone(self.wanted.as_ref()) => {
                 self.wanted = None;
@@ -152,15 +159,33 @@ impl Run<'_> {
     }
 
     fn died(&mut self, member: Member, death: Death) {
-        // What the bridge said before is older than the death, and may tell which appliance VM is which.
+        // What the bridge said before is older than the death, and may tell which appliance VM is which. That it dropped
+        // one mostly follows from the death.
+        let mut dropped = Vec::new();
         for _ in 0..MAX_NOTICES_BEFORE_DEATH {
-            let Some(notice) = self.notify.try_next() else { break };
+            let Some(mut notice) = self.notify.try_next() else { break };
+            dropped.extend(notice.lost.take());
             self.noticed(notice);
         }
         self.inputs.push_back(match member {
             Member::Bridge => Input::BridgeEnded(death),
             Member::Appliance(id) => Input::ApplianceEnded(id, death),
         });
+        if member != Member::Bridge {
+            self.inputs.extend(dropped.into_iter().map(Input::Dropped));
+        }
+    }
+
+    /// Handles an announcement, after the death that is its cause if it has one.
+    async fn noticed_in_order(&mut self, notice: Notice) -> anyhow::Result<()> {
+        if notice.lost.is_some()
+            && let Ok(death) = tokio::time::timeout(DEATH_FOLLOWS, self.fleet.next_death()).await
+        {
+            let (member, death) = death?;
+            self.died(member, death);
+        }
+        self.noticed(notice);
+        Ok(())
     }
 
     fn noticed(&mut self, notice: Notice) {

@@ -20,6 +20,7 @@
 //! of a new bridge wait for them.
 
 mod deaths;
+mod naming;
 mod vocabulary;
 
 #[cfg(test)]
@@ -27,6 +28,7 @@ mod tests;
 
 use std::time::{Duration, Instant};
 
+use self::naming::Numbers;
 pub(crate) use self::vocabulary::{Accepted, Action, ApplianceId, Input, Part, Progress, Replaced, Report};
 use self::vocabulary::{Appliance, Fault, Retiring, Stage};
 use crate::ending::Ending;
@@ -44,11 +46,11 @@ const BRIDGE_FOLLOWS: Duration = Duration::from_millis(500);
 /// How long the bridge may take to let go of an appliance VM that was replaced, until that is asked to end.
 const LET_GO_LIMIT: Duration = Duration::from_secs(5);
 
+/// How long a standby may take to become active after the bridge has dropped the appliance VM before it.
+const TAKE_OVER_LIMIT: Duration = Duration::from_secs(1);
+
 /// Time for a QEMU that was asked to end to finish the disk's requests.
 pub(crate) const APPLIANCE_GRACE: Duration = Duration::from_secs(10);
-
-/// How long an unnamed appliance VM's number may still come after its death.
-const GHOST_LIMIT: Duration = Duration::from_secs(2);
 
 /// Where a run stands.
 #[derive(Debug)]
@@ -73,27 +75,6 @@ enum State {
     Over,
 }
 
-#[cfg(test)]
-impl State {
-    /// The picture above as a table; every state may become `Over` by a signal, and `Clears` by the bridge's death.
-    fn may_become(&self, next: &Self) -> bool {
-        use State::*;
-        match (self, next) {
-            (Over, _) => false,
-            (_, Over) => true,
-            (Blames { .. } | PausesWithoutBridge { .. } | Clears(_), Clears(_)) => false,
-            (_, Clears(_)) => true,
-            (BridgeStarts { .. } | Pauses { .. }, Boots { .. }) => true,
-            (Boots { .. }, Serves { .. } | Boots { .. } | Pauses { .. } | Blames { .. }) => true,
-            (Serves { .. }, Replaces { .. } | Boots { .. } | Pauses { .. } | Blames { .. }) => true,
-            (Replaces { .. }, Serves { .. } | Boots { .. }) => true,
-            (Clears(_), BridgeStarts { .. } | PausesWithoutBridge { .. }) => true,
-            (PausesWithoutBridge { .. }, BridgeStarts { .. }) => true,
-            _ => false,
-        }
-    }
-}
-
 /// What comes after a bridge's death.
 #[derive(Debug, Clone)]
 enum Next {
@@ -101,14 +82,6 @@ enum Next {
     Start(Instant),
     /// The end.
     End { ending: Ending, by_signal: bool },
-}
-
-/// The bridge's numbers of the appliance VMs.
-#[derive(Debug, Default)]
-struct Numbers {
-    highest: Option<Accepted>,
-    /// Until then an unknown number may be that of an appliance VM that died before it was named.
-    ghost_until: Option<Instant>,
 }
 
 /// A loss that is being repaired.
@@ -178,7 +151,11 @@ impl Supervisor {
         let of_state = match &self.state {
             State::BridgeStarts { until } => *until,
             State::Boots { appliance, until } => appliance.fault.is_none().then_some(*until),
-            State::Replaces { standby, until, .. } => standby.fault.is_none().then_some(*until),
+            State::Replaces { active, standby, until } => {
+                let overdue = standby.fault.is_none().then_some(*until);
+                let dropped = active.dropped_until.filter(|_| active.fault.is_none());
+                overdue.into_iter().chain(dropped).min()
+            }
             State::Pauses { until } | State::Blames { until, .. } | State::PausesWithoutBridge { until } => {
                 Some(*until)
             }
@@ -253,7 +230,7 @@ impl Supervisor {
 
     fn next_appliance(&mut self) -> Appliance {
         self.last_id += 1;
-        Appliance { id: ApplianceId(self.last_id), accepted: None, fault: None }
+        Appliance { id: ApplianceId(self.last_id), accepted: None, dropped_until: None, fault: None }
     }
 
     fn ready(&mut self, now: Instant) {
@@ -276,15 +253,26 @@ impl Supervisor {
             State::Replaces { active, standby, .. } if standby.id == id && standby.fault.is_none() => {
                 self.enter(State::Serves { active: standby });
                 self.note_replaced(id, pause_us, now);
-                let killed = active.fault.is_some();
-                let stage = if killed { Stage::Killed } else { Stage::LetGo(now + LET_GO_LIMIT) };
-                self.retiring.push(Retiring { appliance: active, stage });
+                self.retire(active, now);
             }
             State::Serves { active } | State::Replaces { active, .. } if active.id == id => {}
             _ => return,
         }
         self.tell(Report::Active { appliance: id, pause_us });
         self.answer_replaced();
+    }
+
+    /// Sends an appliance VM on its way out that another one has replaced.
+    fn retire(&mut self, appliance: Appliance, now: Instant) {
+        let stage = if appliance.fault.is_some() {
+            Stage::Killed
+        } else if appliance.dropped_until.is_some() {
+            self.actions.push(Action::Terminate(appliance.id));
+            Stage::Asked(now + APPLIANCE_GRACE)
+        } else {
+            Stage::LetGo(now + LET_GO_LIMIT)
+        };
+        self.retiring.push(Retiring { appliance, stage });
     }
 
     /// The appliance VM is in use; tells so if that is news.
@@ -335,7 +323,21 @@ impl Supervisor {
             }
             return;
         }
-        self.kill_for(id, Fault::Dropped);
+        match &mut self.state {
+            // It may have failed, or have been drained for the standby, which is announced in a moment then.
+            State::Replaces { active, standby, .. } if active.id == id && standby.fault.is_none() => {
+                active.dropped_until.get_or_insert(now + TAKE_OVER_LIMIT);
+            }
+            _ => self.kill_for(id, Fault::Dropped),
+        }
+    }
+
+    /// The standby is no more; the one in use stays that, unless the bridge has dropped it in the meantime.
+    fn keep_active(&mut self, active: Appliance) {
+        self.enter(State::Serves { active });
+        if active.dropped_until.is_some() {
+            self.kill_for(active.id, Fault::Dropped);
+        }
     }
 
     /// Kills an appliance VM on which the state depends, once; its death decides what follows.
@@ -380,25 +382,6 @@ impl Supervisor {
         self.alive().chain(self.retiring.iter().map(|retiring| retiring.appliance))
     }
 
-    /// Finds out which appliance VM the bridge means. It counts them in the order in which they connect, and at most one at
-    /// a time is without a number: a new number is that one's, unless one that had none has just died.
-    fn identify(&mut self, accepted: Accepted, now: Instant, lives: bool) -> Option<ApplianceId> {
-        if let Some(known) = self.all().find(|appliance| appliance.accepted == Some(accepted)) {
-            return Some(known.id);
-        }
-        if self.numbers.highest.is_some_and(|highest| accepted <= highest) {
-            return None;
-        }
-        self.numbers.highest = Some(accepted);
-        let ghost = self.numbers.ghost_until.take().is_some_and(|until| now < until);
-        if ghost && !lives {
-            return None;
-        }
-        let unnamed = self.alive_mut().find(|appliance| appliance.accepted.is_none())?;
-        unnamed.accepted = Some(accepted);
-        Some(unnamed.id)
-    }
-
     fn start_bridge(&mut self, now: Instant) {
         self.actions.push(Action::StartBridge);
         self.enter(State::BridgeStarts { until: Some(now + LISTENING_LIMIT) });
@@ -417,7 +400,7 @@ impl Supervisor {
     fn abandon(&mut self) {
         self.replacement = None;
         if let State::Replaces { active, standby, .. } = self.state {
-            self.enter(State::Serves { active });
+            self.keep_active(active);
             if standby.fault.is_none() {
                 self.actions.push(Action::Kill(standby.id));
             }
@@ -440,6 +423,11 @@ impl Supervisor {
                 }
                 _ => {}
             }
+        }
+        if let State::Replaces { active: Appliance { id, dropped_until: Some(until), .. }, .. } = self.state
+            && until <= now
+        {
+            self.kill_for(id, Fault::Dropped);
         }
         match &mut self.state {
             State::BridgeStarts { until } if until.is_some_and(|until| until <= now) => {

@@ -2,16 +2,18 @@
 
 use std::time::{Duration, Instant};
 
+use super::naming::Numbers;
 use super::vocabulary::{Action, Appliance, ApplianceId, Fault, Part, Progress, Report, Retiring, Stage};
-use super::{BRIDGE_FOLLOWS, GHOST_LIMIT, LISTENING_LIMIT, Next, Numbers, READY_LIMIT, Recovery, State, Supervisor};
+use super::{BRIDGE_FOLLOWS, LISTENING_LIMIT, Next, READY_LIMIT, Recovery, State, Supervisor};
 use crate::ending::{Death, Ending};
 use crate::restart_policy::Verdict;
 
 impl Supervisor {
     pub(super) fn appliance_ended(&mut self, id: ApplianceId, death: Death, now: Instant) {
         let known = self.all().find(|appliance| appliance.id == id);
-        if known.is_some_and(|appliance| appliance.accepted.is_none()) {
-            self.numbers.ghost_until = Some(now + GHOST_LIMIT);
+        let bridge_lives = !matches!(self.state, State::Clears(_));
+        if bridge_lives && known.is_some_and(|appliance| appliance.accepted.is_none()) {
+            self.numbers.note_ghost(now);
         }
         if let Some(at) = self.retiring.iter().position(|retiring| retiring.appliance.id == id) {
             let Retiring { appliance, .. } = self.retiring.remove(at);
@@ -27,7 +29,7 @@ impl Supervisor {
                 self.enter(State::Boots { appliance: standby, until });
             }
             State::Replaces { active, standby, .. } if standby.id == id => {
-                self.enter(State::Serves { active });
+                self.keep_active(active);
                 self.fail_replacement(ending_of(standby, death).message());
             }
             _ => {}

@@ -7,6 +7,26 @@ use std::process::ExitStatus;
 use super::*;
 use crate::ending::Death;
 
+impl State {
+    /// The picture above as a table; every state may become `Over` by a signal, and `Clears` by the bridge's death.
+    pub(super) fn may_become(&self, next: &Self) -> bool {
+        use State::*;
+        match (self, next) {
+            (Over, _) => false,
+            (_, Over) => true,
+            (Blames { .. } | PausesWithoutBridge { .. } | Clears(_), Clears(_)) => false,
+            (_, Clears(_)) => true,
+            (BridgeStarts { .. } | Pauses { .. }, Boots { .. }) => true,
+            (Boots { .. }, Serves { .. } | Boots { .. } | Pauses { .. } | Blames { .. }) => true,
+            (Serves { .. }, Replaces { .. } | Boots { .. } | Pauses { .. } | Blames { .. }) => true,
+            (Replaces { .. }, Serves { .. } | Boots { .. }) => true,
+            (Clears(_), BridgeStarts { .. } | PausesWithoutBridge { .. }) => true,
+            (PausesWithoutBridge { .. }, BridgeStarts { .. }) => true,
+            _ => false,
+        }
+    }
+}
+
 const KILLED: i32 = 9;
 const ABORTED: i32 = 6;
 const EXIT_1: i32 = 1 << 8;
@@ -290,11 +310,33 @@ fn a_standby_takes_over_from_one_that_dies() {
     assert!(matches!(actions.last(), Some(Action::Answer(Ok(Replaced { pause_us: Some(9), .. })))), "{actions:?}");
 
     let mut story = Story::replacing();
-    story.dropped(1);
+    assert_eq!(story.dropped(1), [], "it may be the standby's turn");
+    assert_eq!(story.wait(), [Action::Kill(ApplianceId(1))], "it is not");
     story.active(2, Some(9));
     let actions = story.appliance_dies(1, KILLED);
     assert_eq!(losses(&actions).len(), 1);
     assert!(matches!(actions.last(), Some(Action::Answer(Ok(_)))), "{actions:?}");
+}
+
+#[test]
+fn an_appliance_that_is_dropped_for_the_standby_ends_in_order() {
+    let mut story = Story::replacing();
+    story.dropped(1);
+    let actions = story.active(2, None);
+    assert!(actions.contains(&Action::Terminate(ApplianceId(1))), "{actions:?}");
+    let actions = story.appliance_dies(1, 0);
+    assert!(matches!(actions[..], [Action::Answer(Ok(_))]), "no loss: {actions:?}");
+}
+
+#[test]
+fn an_appliance_that_is_dropped_for_a_standby_that_dies_is_killed() {
+    let mut story = Story::replacing();
+    story.dropped(1);
+    let actions = story.appliance_dies(2, EXIT_1);
+    assert!(actions.contains(&Action::Kill(ApplianceId(1))), "{actions:?}");
+    let mut story = Story::replacing();
+    story.dropped(1);
+    assert_eq!(story.handle(Input::ReplaceAbandoned), [Action::Kill(ApplianceId(1)), Action::Kill(ApplianceId(2))]);
 }
 
 #[test]
@@ -325,6 +367,18 @@ fn a_number_that_comes_late_is_not_taken_for_the_next_appliances() {
     assert_eq!(story.dropped(2), []);
     assert!(!story.active(3, Some(1)).is_empty());
     assert_eq!(story.supervisor.in_use(), Some(ApplianceId(3)));
+}
+
+#[test]
+fn a_number_of_the_last_bridge_is_not_taken_for_one_of_the_next() {
+    let mut story = Story::serving(Some("5/60"));
+    story.bridge_dies(KILLED);
+    assert_eq!(story.dropped(1), []);
+    story.appliance_dies(1, KILLED);
+    assert_eq!(story.dropped(2), []);
+    story.handle(Input::Listening);
+    assert!(!story.active(1, None).is_empty());
+    assert_eq!(story.supervisor.in_use(), Some(ApplianceId(2)));
 }
 
 #[test]

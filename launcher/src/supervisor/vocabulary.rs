@@ -158,6 +158,8 @@ pub(super) struct Appliance {
     pub(super) id: ApplianceId,
     /// As soon as the bridge has named it.
     pub(super) accepted: Option<Accepted>,
+    /// Set when the bridge has dropped it for a standby, it seems: killed then unless that has become the active one.
+    pub(super) dropped_until: Option<Instant>,
     /// Set when it is killed; its death is still to come.
     pub(super) fault: Option<Fault>,
 }

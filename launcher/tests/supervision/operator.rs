@@ -25,7 +25,7 @@ while [ $number -gt 0 ]; do
   shift 2
   number=$((number - 2))
   case \"$option $value\" in
-    '-blockdev '*|'-mon '*|'-chardev socket,id=qmp,'*) set -- \"$@\" \"$option\" \"$value\";;
+    '-blockdev '*|'-qmp '*) set -- \"$@\" \"$option\" \"$value\";;
   esac
 done
 exec $REAL -nodefaults -display none -machine none -sandbox on,spawn=deny \"$@\"";

@@ -94,7 +94,7 @@ impl Stage {
         let real = Setup::load().unwrap().qemu;
         let real = real.display();
         let qemu = format!(
-            "case \"$*\" in *-qmp*) exec {real} \"$@\";; esac\nREAL={real}\nORDER={log}\n\
+            "case \"$*\" in *'-qmp stdio'*) exec {real} \"$@\";; esac\nREAL={real}\nORDER={log}\n\
              [ -p $ORDER.gate ] || mkfifo $ORDER.gate\nexec 3<>$ORDER.gate\n{qemu}"
         );
         script(&path("qemu"), &qemu);
