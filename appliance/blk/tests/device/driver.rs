@@ -99,6 +99,11 @@ impl FrontEnd {
         (self.frontend, self.stream, self.features) = negotiate(socket, |_| features, self.protocol);
     }
 
+    /// The file of one region.
+    pub(crate) fn file(&self, region: usize) -> &std::fs::File {
+        &self.files[region]
+    }
+
     /// Announces the same memory once more.
     pub(crate) fn repeat_mem_table(&self) {
         self.frontend.set_mem_table(&self.regions).unwrap();

@@ -116,6 +116,25 @@ impl Program {
         rustix::process::kill_process(rustix::process::Pid::from_child(&self.child), signal).unwrap();
     }
 
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Where the program has mapped what lies at `offset` of a file.
+    pub(crate) fn address_of(&self, file: &std::fs::File, offset: u64) -> usize {
+        let inode = rustix::fs::fstat(file).unwrap().st_ino.to_string();
+        let maps = std::fs::read_to_string(format!("/proc/{}/maps", self.id())).unwrap();
+        let hex = |text: &str| u64::from_str_radix(text, 16).unwrap();
+        let places = maps.lines().filter_map(|line| {
+            let fields: Vec<_> = line.split_whitespace().collect();
+            let (start, end) = fields[0].split_once('-').unwrap();
+            let (start, end, mapped) = (hex(start), hex(end), hex(fields[2]));
+            let inside = fields[4] == inode && (mapped..mapped + (end - start)).contains(&offset);
+            inside.then(|| usize::try_from(start + offset - mapped).unwrap())
+        });
+        places.last().unwrap()
+    }
+
     pub(crate) fn is_alive(&mut self) -> bool {
         self.child.try_wait().unwrap().is_none()
     }
