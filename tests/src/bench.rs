@@ -59,10 +59,10 @@ impl Default for BenchOptions {
 
 /// Middle, least and most of one figure over all rounds.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-struct Spread {
-    median: f64,
-    least: f64,
-    most: f64,
+pub(crate) struct Spread {
+    pub(crate) median: f64,
+    pub(crate) least: f64,
+    pub(crate) most: f64,
 }
 
 /// One job on both disks.
@@ -196,7 +196,7 @@ fn compare(vm: &mut DriverVm, job: &Job, options: &BenchOptions) -> Result<Row> 
 }
 
 impl Spread {
-    fn of(mut values: Vec<f64>) -> Self {
+    pub(crate) fn of(mut values: Vec<f64>) -> Self {
         values.sort_by(f64::total_cmp);
         let at = |index: usize| values.get(index).copied().unwrap_or(f64::NAN);
         let last = values.len().saturating_sub(1);

@@ -90,7 +90,8 @@ impl Testbed {
         &self.driver_image
     }
 
-    fn print_logs(&self) {
+    /// Prints the last lines of every log in the folder.
+    pub(crate) fn print_logs(&self) {
         let Ok(entries) = fs::read_dir(&self.folder) else { return };
         let mut logs: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
         logs.retain(|path| path.extension().is_some_and(|extension| extension == "log"));

@@ -4,7 +4,8 @@
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
-use std::time::Duration;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 use std::{env, fs};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -23,6 +24,9 @@ pub const READY_PATIENCE: Duration = Duration::from_secs(180);
 
 /// How long anything of a run may take to end once it must.
 pub const END_PATIENCE: Duration = Duration::from_secs(60);
+
+/// How often a run is asked for its status while something of it is awaited of which it sends no event.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// What `vvu run --json` says first.
 #[derive(Debug, Clone, Deserialize)]
@@ -65,6 +69,14 @@ pub struct Status {
     pub appliance: Option<ApplianceStatus>,
     /// Deaths that were repaired.
     pub restarts: u64,
+    pids: LivePids,
+}
+
+/// Processes of a run that live at the moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+struct LivePids {
+    bridge: Option<u32>,
+    qemu: Option<u32>,
 }
 
 /// An appliance VM of a run.
@@ -208,6 +220,33 @@ impl VvuRun {
         self.vvu.await_line("end of a pause", READY_PATIENCE, |line| {
             event::<Active>(line, "active")?.pause_us.map(Duration::from_micros)
         })
+    }
+
+    /// Waits until the device is served, after at least `restarts` repairs, with bridge and appliance VM as they are then.
+    ///
+    /// # Errors
+    /// If it is not within [`READY_PATIENCE`].
+    pub fn await_serving(&mut self, restarts: u64) -> Result<()> {
+        let deadline = Instant::now() + READY_PATIENCE;
+        loop {
+            let status = self.status()?;
+            if status.state == "serving" && status.restarts >= restarts && self.find_again()? {
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "after {READY_PATIENCE:.0?} the run is {status:?}");
+            sleep(LOOK_EVERY);
+        }
+    }
+
+    /// Finds out which processes bridge and appliance VM are now; false if there is no such pair at the moment.
+    ///
+    /// # Errors
+    /// If `vvu` does not answer.
+    pub fn find_again(&mut self) -> Result<bool> {
+        let pids = self.status()?.pids;
+        let (Some(bridge), Some(qemu)) = (pids.bridge, pids.qemu) else { return Ok(false) };
+        // They may have gone since.
+        Ok(self.watch(Pids { bridge, qemu }).is_ok())
     }
 
     /// Lets what `vvu` has said so far go: what is awaited next comes later.

@@ -178,6 +178,19 @@ impl Witness {
         Ok(Duration::from_nanos(gap))
     }
 
+    /// Does something to the disk under load, and returns the longest time in which the driver VM saw no request
+    /// completed.
+    ///
+    /// # Errors
+    /// What `event` returns, and as [`Witness::await_requests`].
+    pub fn pause_of(&self, vm: &mut DriverVm, event: impl FnOnce() -> Result<()>) -> Result<Duration> {
+        self.await_turnover(vm)?;
+        self.take_longest_gap()?;
+        event()?;
+        self.await_turnover(vm)?;
+        self.take_longest_gap()
+    }
+
     /// Stops the load; the witness reads every block once more. Nothing was wrong, and the kernel has not complained.
     ///
     /// # Errors

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use vvu_tests::backend::ServedImage;
-use vvu_tests::driver_vm::{Disk, DriverVm, DriverVmPlan};
+use vvu_tests::driver_vm::{Disk, DriverVmPlan};
 use vvu_tests::image_file::create;
 use vvu_tests::loss::{self, Loss};
 use vvu_tests::testbed::machine_test;
@@ -32,16 +32,20 @@ fn every_loss_is_a_pause() -> Result<()> {
         witness.start(&mut vm, "/dev/vda")?;
         for round in 1..=2 {
             for loss in Loss::ALL {
-                let pause =
-                    survive(loss, &mut run, &mut vm, &witness).with_context(|| format!("{loss}, time {round}"))?;
+                let event = || loss.strike(&mut run).and_then(|()| loss.await_repair(&mut run));
+                let pause = witness.pause_of(&mut vm, event).with_context(|| format!("{loss}, time {round}"))?;
+                check_kernel_log(&mut vm).with_context(|| format!("{loss}, time {round}"))?;
                 eprintln!("{loss}: {pause:.0?}");
             }
         }
         for _ in 0..2 {
-            witness.take_longest_gap()?;
-            let replaced = run.upgrade()?;
-            witness.await_turnover(&mut vm)?;
-            let (measured, seen) = (replaced.pause()?, witness.take_longest_gap()?);
+            let mut replaced = None;
+            let seen = witness.pause_of(&mut vm, || {
+                replaced = Some(run.upgrade()?);
+                Ok(())
+            })?;
+            let replaced = replaced.context("an upgrade has an answer")?;
+            let measured = replaced.pause()?;
             eprintln!("upgrade in {:.0?}: {measured:.0?}, seen {seen:.0?}", replaced.took());
             ensure!(measured <= seen && seen <= measured + UNMEASURED, "a pause of {measured:?}, seen as {seen:?}");
         }
@@ -51,15 +55,4 @@ fn every_loss_is_a_pause() -> Result<()> {
         witness.verify_image(&image)?;
         run.stop().map(drop)
     })
-}
-
-/// Strikes, waits until the driver VM goes on, and returns the pause that it has seen.
-fn survive(loss: Loss, run: &mut VvuRun, vm: &mut DriverVm, witness: &Witness) -> Result<Duration> {
-    witness.await_turnover(vm)?;
-    witness.take_longest_gap()?;
-    loss.strike(run)?;
-    loss.await_repair(run)?;
-    witness.await_turnover(vm)?;
-    check_kernel_log(vm)?;
-    witness.take_longest_gap()
 }

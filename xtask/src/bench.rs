@@ -7,14 +7,19 @@ use std::time::Duration;
 use anyhow::Context;
 use vvu_tests::backend::Backend;
 use vvu_tests::bench::{self, BenchOptions};
+use vvu_tests::pauses::{self, PausesOptions};
 
-use crate::cli::{Bench, Measured};
+use crate::cli::{Bench, Figure, Measured};
 use crate::image;
 use crate::workspace::{Profile, Workspace, run as run_command};
 
 /// Tell the benchmark which programs to start (`vvu_tests::testbed::workspace_program`).
 const VVU_VARIABLE: &str = "VVU_BIN";
 const VVU_BLK_VARIABLE: &str = "VVU_BLK_BIN";
+
+/// Rounds unless the command line says otherwise.
+const DISK_ROUNDS: u32 = 3;
+const PAUSES_ROUNDS: u32 = 10;
 
 /// Runs the benchmark on the programs that the environment names, else on release builds.
 pub(crate) fn run(workspace: &Workspace, options: &Bench) -> anyhow::Result<()> {
@@ -31,14 +36,19 @@ pub(crate) fn run(workspace: &Workspace, options: &Bench) -> anyhow::Result<()> 
                 .env(VVU_BLK_VARIABLE, release.join("vvu-blk")),
         );
     }
-    bench::run(&BenchOptions {
-        rounds: options.rounds,
-        runtime: Duration::from_secs(options.runtime),
-        image_len: options.image_size << 20,
-        measured: match options.measured {
-            Measured::Vvu => Backend::Vvu,
-            Measured::VvuBlk => Backend::VvuBlkOnHost,
-        },
-        json: options.json,
-    })
+    match options.figure {
+        Figure::Pauses => {
+            pauses::run(&PausesOptions { rounds: options.rounds.unwrap_or(PAUSES_ROUNDS), json: options.json })
+        }
+        Figure::Disk => bench::run(&BenchOptions {
+            rounds: options.rounds.unwrap_or(DISK_ROUNDS),
+            runtime: Duration::from_secs(options.runtime),
+            image_len: options.image_size << 20,
+            measured: match options.measured {
+                Measured::Vvu => Backend::Vvu,
+                Measured::VvuBlk => Backend::VvuBlkOnHost,
+            },
+            json: options.json,
+        }),
+    }
 }

@@ -29,8 +29,10 @@ pub(crate) enum Command {
     },
     /// Run every check: format, lints, documents, unit tests, image, whole machines
     Test(Test),
-    /// Measure the disk in the driver VM, in turn with qemu-storage-daemon on the host
+    /// Measure the disk in the driver VM: its speed in turn with qemu-storage-daemon on the host, or its pauses
     Bench(Bench),
+    /// Kill parts at random under a verified load, over and over
+    Soak(Soak),
 }
 
 #[derive(Debug, Args)]
@@ -63,10 +65,26 @@ pub(crate) struct Test {
 }
 
 #[derive(Clone, Debug, Args)]
+pub(crate) struct Soak {
+    /// Number of kills, of which some come in pairs
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) iterations: u32,
+    /// What is killed, and when, follows from this number [default: another one each time]
+    #[arg(long, value_name = "S")]
+    pub(crate) seed: Option<u64>,
+    /// Print one JSON document at the end
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Clone, Debug, Args)]
 pub(crate) struct Bench {
-    /// Rounds of each job
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
-    pub(crate) rounds: u32,
+    /// What is measured
+    #[arg(value_enum, default_value_t = Figure::Disk)]
+    pub(crate) figure: Figure,
+    /// Rounds of each job, or of each kind of pause [default: 3, and 10 for pauses]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) rounds: Option<u32>,
     /// Seconds of each run of fio
     #[arg(long, value_name = "SECONDS", default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) runtime: u64,
@@ -79,6 +97,14 @@ pub(crate) struct Bench {
     /// Print one JSON document instead of a table
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Figure {
+    /// Requests per second and latency
+    Disk,
+    /// How long the driver VM waits when something behind its disk is lost or replaced, or when it migrates
+    Pauses,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

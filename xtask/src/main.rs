@@ -11,10 +11,12 @@ mod report;
 mod test;
 mod workspace;
 
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::process::ExitCode;
 
 use clap::Parser;
 use vvu_tests::demo::{self, DemoOptions};
+use vvu_tests::soak::{self, SoakOptions};
 
 use crate::cli::{Cli, Command};
 use crate::workspace::{Profile, Workspace};
@@ -47,6 +49,13 @@ fn run(command: Command) -> anyhow::Result<bool> {
         }
         Command::Test(options) => return test::run(&workspace, &options),
         Command::Bench(options) => bench::run(&workspace, &options)?,
+        Command::Soak(options) => {
+            image::build(&workspace)?;
+            workspace.build_programs(Profile::Dev)?;
+            // Any number will do if only it is printed, which the soak does.
+            let seed = options.seed.unwrap_or_else(|| RandomState::new().build_hasher().finish());
+            soak::run(&SoakOptions { iterations: options.iterations, seed, json: options.json })?;
+        }
     }
     Ok(true)
 }
