@@ -108,19 +108,15 @@ impl Ending {
             Death::Ended { status, last_lines } => (status, last_lines),
             Death::NotStarted(message) => return Self::not_started(message),
         };
-        let panic = last_lines.iter().find_map(|line| line.find(PANIC).and_then(|at| line.get(at..)));
-        let known = KNOWN_FAILURES.iter().find(|(text, _)| last_lines.iter().any(|line| line.contains(text)));
-        let message = match known.map(|(_, meaning)| *meaning).or(panic) {
-            Some(meaning) => format!("the appliance VM ended ({status}): {meaning}"),
-            None => format!("the appliance VM ended ({status})"),
-        };
+        let message = with_meaning(format!("the appliance VM ended ({status})"), &last_lines);
         Self::failure("appliance-ended", message, last_lines)
     }
 
     /// The bridge had dropped the appliance VM, which was killed for it.
     pub(crate) fn appliance_given_up(death: Death) -> Self {
-        let message = "the bridge gave the appliance VM up, which was killed".to_owned();
-        Self::failure("appliance-ended", message, death.into_last_lines())
+        let last_lines = death.into_last_lines();
+        let message = with_meaning("the bridge gave the appliance VM up, which was killed".to_owned(), &last_lines);
+        Self::failure("appliance-ended", message, last_lines)
     }
 
     /// The same ending with a further remark in its message.
@@ -161,6 +157,16 @@ impl Ending {
     }
 }
 
+/// The message with what the last words mean, as far as they are understood.
+fn with_meaning(message: String, last_lines: &[String]) -> String {
+    let panic = last_lines.iter().find_map(|line| line.find(PANIC).and_then(|at| line.get(at..)));
+    let known = KNOWN_FAILURES.iter().find(|(text, _)| last_lines.iter().any(|line| line.contains(text)));
+    match known.map(|(_, meaning)| *meaning).or(panic) {
+        Some(meaning) => format!("{message}: {meaning}"),
+        None => message,
+    }
+}
+
 /// An error and its causes in one line.
 fn one_line(error: &anyhow::Error) -> String {
     format!("{error:#}").replace('\n', " ")
@@ -189,6 +195,9 @@ mod tests {
             vec!["[    5.7] Kernel panic - not syncing: no init".to_owned(), "[    5.8] Call Trace:".to_owned()];
         let panic = Ending::appliance_ended(ended(0, lines));
         assert_eq!(panic.message, "the appliance VM ended (exit status: 0): Kernel panic - not syncing: no init");
+        let lines = vec!["Kernel panic - not syncing: no init".to_owned()];
+        let dropped = Ending::appliance_given_up(ended(9, lines));
+        assert!(dropped.message.ends_with("killed: Kernel panic - not syncing: no init"), "{}", dropped.message);
         let unknown = Ending::appliance_ended(ended(9, vec![]));
         assert_eq!(unknown.message, "the appliance VM ended (signal: 9 (SIGKILL))");
     }

@@ -27,7 +27,7 @@ const BURST_LINES: u32 = 2000;
 const LINES_PER_SECOND: u32 = 100;
 
 /// Lines kept to explain a death: a kernel's last words with their call trace.
-const TAIL_LINES: usize = 30;
+const TAIL_LINES: usize = 60;
 
 /// Bytes read from a child at once.
 const READ_BYTES: usize = 8192;

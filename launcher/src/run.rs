@@ -39,7 +39,7 @@ use crate::vmm_lines::{self, DeviceAddress};
 const MAX_NOTICES_BEFORE_DEATH: usize = 1024;
 
 /// How long a drop by the bridge waits for the death that may be its cause, and that is the better reason to tell.
-const DEATH_FOLLOWS: Duration = Duration::from_millis(50);
+const DEATH_FOLLOWS: Duration = Duration::from_millis(200);
 
 /// Serves one block device until a signal or a death ends it.
 pub(crate) async fn run_blk(args: &BlkArgs, output: &Output, started: Instant) -> Ending {

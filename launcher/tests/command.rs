@@ -133,6 +133,9 @@ fn each_mistake_with_the_socket_has_its_line() {
     ];
     for (socket, line) in cases {
         assert_eq!(place.refusal(&[("--socket", &socket)]), format!("vvu: {line}"));
+        // The control socket's path is held to the same.
+        let line = line.replace("--socket", "--control");
+        assert_eq!(place.refusal(&[("--control", &socket)]), format!("vvu: {line}"));
     }
 }
 
