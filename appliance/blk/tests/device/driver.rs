@@ -95,6 +95,10 @@ impl FrontEnd {
 
     /// Connects anew, with the same features and the same memory. Memory is not announced yet.
     pub(crate) fn reconnect(&mut self, socket: &Path) {
+        // The former connection ends first: one front-end is served at a time.
+        let (nowhere, _) = UnixStream::pair().unwrap();
+        self.frontend = Frontend::from_stream(nowhere.try_clone().unwrap(), 1);
+        self.stream = nowhere;
         let features = self.features;
         (self.frontend, self.stream, self.features) = negotiate(socket, |_| features, self.protocol);
     }

@@ -15,6 +15,7 @@ mod crash;
 mod dirty_log;
 mod driver;
 mod hostile;
+mod inflight;
 mod iommu;
 mod lifecycle;
 mod process;

@@ -125,14 +125,14 @@ impl Program {
         let inode = rustix::fs::fstat(file).unwrap().st_ino.to_string();
         let maps = std::fs::read_to_string(format!("/proc/{}/maps", self.id())).unwrap();
         let hex = |text: &str| u64::from_str_radix(text, 16).unwrap();
-        let places = maps.lines().filter_map(|line| {
+        let mut places = maps.lines().filter_map(|line| {
             let fields: Vec<_> = line.split_whitespace().collect();
             let (start, end) = fields[0].split_once('-').unwrap();
             let (start, end, mapped) = (hex(start), hex(end), hex(fields[2]));
             let inside = fields[4] == inode && (mapped..mapped + (end - start)).contains(&offset);
             inside.then(|| usize::try_from(start + offset - mapped).unwrap())
         });
-        places.last().unwrap()
+        places.next_back().unwrap()
     }
 
     pub(crate) fn is_alive(&mut self) -> bool {
