@@ -105,6 +105,7 @@ pub fn translate(
         R::SetDeviceStateFd(transfer, handle) => return device_state(transfer, handle),
         other => match carriage::front_end(other.code()) {
             Carriage::Refused(reason) => return Err(TranslateError::NotCarried { reason }),
+            Carriage::Answered => return Err(TranslateError::NotCarried { reason: "the bridge answers it" }),
             _ => other.without_descriptors().ok_or(TranslateError::NotCarried { reason: "it has descriptors" })?,
         },
     };

@@ -7,7 +7,7 @@ use std::rc::Rc;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::pipe::{Receiver, Sender};
-use tracing::{debug, info};
+use tracing::debug;
 use vvu_protocol::message::{MAX_PAYLOAD_LEN, StateDirection};
 use vvu_protocol::state::StateMessage;
 
@@ -104,7 +104,7 @@ impl DeviceStateTask {
             self.bridge.send(StateMessage::Part(bytes).encode()).await;
             let taken = taken(&mut self.bridge).await?;
             if !taken || len == 0 {
-                info!(set = %self.uuid, sent, taken, "state of the device is saved");
+                debug!(set = %self.uuid, sent, taken, "state of the device is saved");
                 return Ok(());
             }
         }
@@ -118,7 +118,7 @@ impl DeviceStateTask {
             received += bytes.len();
             if bytes.is_empty() {
                 drop(pipe);
-                info!(set = %self.uuid, received, "state of the device is loaded");
+                debug!(set = %self.uuid, received, "state of the device is loaded");
                 answer(&self.bridge, 0).await;
                 return Ok(());
             }

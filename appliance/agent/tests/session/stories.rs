@@ -8,14 +8,15 @@ use vvu_agent::reaper::{Reaper, Scope};
 use vvu_agent::session::REQUEST_TIMEOUT;
 use vvu_agent::supervisor::Supervisor;
 use vvu_protocol::address::FileOffset;
+use vvu_protocol::carriage::{self, Carriage};
 use vvu_protocol::control::{Channel, Handle, Status};
 use vvu_protocol::doorbell::{PeerId, Vector};
 use vvu_protocol::features::ProtocolFeatures;
-use vvu_protocol::message::{FrontEndReply, FrontEndRequest, LogArea, RawMessage};
+use vvu_protocol::message::{FrontEndReply, FrontEndRequest, Inflight, LogArea, RawMessage};
 use vvu_protocol::window::{ALIGNMENT, MEMORY_OFFSET};
 use vvu_socket::event;
 
-use crate::back_end::{MARK, Script, program};
+use crate::back_end::{MARK, MISS, Script, program};
 use crate::bridge::VECTORS;
 use crate::stage::{
     ADDRESSES, DONE, MEMORY_IN_NODE, Request, Stage, WINDOW_LEN, file, play, process_id, region, start, state,
@@ -137,6 +138,69 @@ fn what_cannot_be_carried_is_refused_and_the_session_goes_on() {
             a_driver_is_served(stage).await;
         })
     });
+}
+
+/// Each request of the table that has no handle and no place elsewhere in these tests.
+fn plain_requests() -> Vec<Request> {
+    use FrontEndRequest as R;
+    vec![
+        R::GetFeatures,
+        R::GetProtocolFeatures,
+        R::GetQueueNum,
+        R::ResetOwner,
+        R::SetOwner,
+        R::SetVringNum(state(8)),
+        R::SetVringEnable(state(1)),
+        R::GetVringBase(state(0)),
+        R::SendRarp(0x0102_0304_0506),
+        R::NetSetMtu(1500),
+        R::Iotlb(MISS),
+        R::ResetDevice,
+        R::SetStatus(0xf),
+        R::GetStatus,
+        R::CheckDeviceState,
+        R::SetVringEndian(state(1)),
+        R::CreateCryptoSession(vec![0; 100]),
+        R::CloseCryptoSession(1),
+        R::PostcopyAdvise,
+        R::PostcopyListen,
+        R::PostcopyEnd,
+        R::GetInflightFd(Inflight { mmap_size: 0, mmap_offset: FileOffset(0), queue_count: 1, queue_size: 8 }),
+        R::GpuSetSocket(Handle::BackChannel),
+        R::VringKick(state(0)),
+        R::GetMaxMemSlots,
+        R::GetSharedObject([1; 16]),
+        R::GetShmemConfig,
+    ]
+}
+
+#[test]
+fn each_request_reaches_the_back_end_or_is_refused_as_the_table_says() {
+    for script in [Script::Proper, Script::Plain] {
+        play(script, |stage| {
+            Box::pin(async move {
+                stage.connect_and_negotiate().await;
+                for request in plain_requests() {
+                    let (code, name) = (request.code(), request.name());
+                    stage.journal();
+                    let expected: &[&str] = match carriage::front_end(code) {
+                        Carriage::Refused(_) | Carriage::Answered => {
+                            stage.refused(request).await;
+                            &[]
+                        }
+                        _ => {
+                            stage.ask(request).await;
+                            &[name]
+                        }
+                    };
+                    let mut told = stage.journal();
+                    // What a back-end without REPLY_ACK is asked after each request.
+                    told.retain(|line| line != "GET_FEATURES" || name == "GET_FEATURES");
+                    assert_eq!(told, expected, "{name}");
+                }
+            })
+        });
+    }
 }
 
 #[test]
