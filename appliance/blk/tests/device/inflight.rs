@@ -98,6 +98,10 @@ fn garbage_in_the_buffer_harms_nobody_else() {
                 assert_eq!(queue.used_index(&front_end.memory), 1);
             }
             queue.stop(&front_end);
+            // And the one that comes after a crash is not misled.
+            let mut content = [0; 64 * 16];
+            file.read_exact_at(&mut content, 2 * MIB + 16).unwrap();
+            assert!(version == 2 || content.chunks(16).all(|entry| entry[0] != 1), "{pattern:#x} {version}");
             drop(front_end);
             assert!(program.is_alive());
         }
