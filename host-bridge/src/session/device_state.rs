@@ -117,6 +117,8 @@ pub(super) enum Step {
     Resume(VringState),
     /// All of [`DeviceState::regions`].
     Memory,
+    /// That the front-end has a back channel. Its descriptor is not kept here: the channel is in use all the time.
+    BackChannel,
 }
 
 /// The inflight buffer, and whose it is.
@@ -136,7 +138,7 @@ pub(super) struct DeviceState {
     protocol: Option<ProtocolFeatures>,
     has_owner: bool,
     regions: Vec<(MemoryRegion, Descriptor)>,
-    back_channel: Option<Descriptor>,
+    has_back_channel: bool,
     log: Option<(LogArea, Descriptor)>,
     log_signal: Option<Descriptor>,
     inflight: Option<InflightBuffer>,
@@ -174,7 +176,7 @@ impl DeviceState {
             R::SetMemTable(table) => self.regions.clone_from(table),
             R::AddMemReg(region, file) => self.regions.push((*region, Rc::clone(file))),
             R::RemMemReg(region) => self.regions.retain(|(known, _)| !is_same_region(known, region)),
-            R::SetBackendReqFd(descriptor) => self.back_channel = Some(Rc::clone(descriptor)),
+            R::SetBackendReqFd(_) => self.has_back_channel = true,
             R::SetLogBase(area, file) => self.log = Some((*area, Rc::clone(file))),
             R::SetLogFd(descriptor) => self.log_signal = Some(Rc::clone(descriptor)),
             R::SetInflightFd(inflight, file) => {
@@ -250,7 +252,7 @@ impl DeviceState {
             ask(self.has_owner.then_some(Request::SetOwner)),
             ask(self.features.map(Request::SetFeatures)),
             memory,
-            ask(self.back_channel.clone().map(Request::SetBackendReqFd)),
+            self.has_back_channel.then_some(Step::BackChannel),
             ask(self.log.clone().map(|(area, file)| Request::SetLogBase(area, file))),
             ask(self.log_signal.clone().map(Request::SetLogFd)),
             ask(self.inflight().map(|(inflight, file)| Request::SetInflightFd(inflight, file))),

@@ -8,12 +8,13 @@ use vvu_protocol::features::{Features, ProtocolFeatures};
 use vvu_protocol::message::{FrontEndReply, FrontEndRequest, VringState};
 
 use super::SessionError;
-use super::device_state::{Request, Step};
+use super::device_state::Step;
 use super::relay::{Answer, Relay, unexpected_answer};
 use crate::appliance::ApplianceError;
 
 impl Relay<'_> {
     pub(super) async fn attach(mut self, attachment: u32) -> Result<(), SessionError> {
+        tracing::debug!(session = self.session.number, attachment, appliance = self.appliance.number, "attaches");
         self.session.link.begin(attachment, self.appliance);
         self.appliance.control.commands.connect(attachment).await?;
         let is_fresh = self.session.state.offered().is_none() && self.session.state.offered_protocol().is_none();
@@ -64,7 +65,7 @@ impl Relay<'_> {
         let (name, answer) = match step {
             Step::Memory => ("SET_MEM_TABLE", self.replay_memory().await?),
             Step::Resume(state) => ("SET_VRING_BASE", self.resume(state).await?),
-            Step::Ask(Request::SetBackendReqFd(_)) => ("SET_BACKEND_REQ_FD", self.replay_back_channel().await?),
+            Step::BackChannel => ("SET_BACKEND_REQ_FD", self.replay_back_channel().await?),
             Step::Ask(request) => (request.name(), self.handle(&request).await?),
         };
         check_done(name, &answer)

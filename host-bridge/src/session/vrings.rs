@@ -149,9 +149,9 @@ impl Relay<'_> {
     /// flight when an appliance is lost is lost with no front-end then. The inner answer is a refusal.
     async fn provide_inflight(&mut self) -> Result<Result<(), Answer>, SessionError> {
         let state = &self.session.state;
-        let can =
+        let is_negotiated =
             state.protocol().is_some() && self.session.back_end_protocol.contains(ProtocolFeatures::INFLIGHT_SHMFD);
-        if !can || state.inflight().is_some() {
+        if !is_negotiated || state.inflight().is_some() || !state.started().is_empty() {
             return Ok(Ok(()));
         }
         let (queues, largest) = (self.appliance.doorbells.queue_count(), state.largest_vring());

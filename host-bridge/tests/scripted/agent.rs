@@ -107,6 +107,11 @@ impl Agent {
         request
     }
 
+    /// Whether the request under way has the flag "resume".
+    pub(crate) fn is_resumed(&self) -> bool {
+        self.under_way.as_ref().expect("a request under way").resume
+    }
+
     /// Answers the request under way.
     pub(crate) async fn answer(&mut self, reply: FrontEndReply<Handle>) {
         let request = self.under_way.take().expect("a request under way");

@@ -10,7 +10,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use vvu_protocol::address::{FileOffset, GuestAddress, UserAddress};
 use vvu_protocol::memory::MemoryRegion;
-use vvu_protocol::message::{FrontEndReply, FrontEndRequest, VringFile};
+use vvu_protocol::message::{FrontEndReply, FrontEndRequest, RawMessage, VringFile};
 use vvu_socket::{MessageSocket, SocketError};
 
 use super::vmm::Vmm;
@@ -53,6 +53,12 @@ impl FrontEnd {
         }
         let sent = sendmsg(&self.stream, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL).unwrap();
         assert_eq!(sent, bytes.len());
+    }
+
+    /// Waits for the next message, as it is.
+    pub(crate) async fn raw_reply(&mut self) -> RawMessage<OwnedFd> {
+        let message = within("a reply", self.socket.recv()).await.unwrap();
+        message.expect("the bridge closed the connection instead of a reply")
     }
 
     /// Waits for the reply to the request with this code.

@@ -3,11 +3,13 @@
 //! - [`process`]: the bridge itself, started as its users start it;
 //! - [`vmm`] and [`doorbell`]: the appliance's VMM, as QEMU's generic vhost-user devices and its doorbell device behave;
 //! - [`agent`]: the driver of the control device in the appliance, on the rings of [`ring`];
-//! - [`front_end`]: the driver VM's VMM.
+//! - [`front_end`]: the driver VM's VMM;
+//! - [`channels`]: the channels beside the main one, and what a back-end is told that takes over.
 //!
 //! A [`Scene`] has all of them but the front-end, up to the point where a front-end may connect.
 
 pub(crate) mod agent;
+pub(crate) mod channels;
 pub(crate) mod doorbell;
 pub(crate) mod front_end;
 pub(crate) mod process;
@@ -94,6 +96,8 @@ pub(crate) struct Scene {
     pub(crate) bridge: Bridge,
     pub(crate) vmm: Vmm,
     pub(crate) agent: Agent,
+    /// Number of the appliance, as the bridge counts them.
+    pub(crate) number: u32,
     pub(crate) journal: Journal,
 }
 
@@ -112,7 +116,31 @@ impl Scene {
         agent.set_status(Status::BACK_END_UP).await;
         bridge.notified("READY=1").await;
         bridge.notified("STATUS=ready for a front-end").await;
-        Self { bridge, vmm, agent, journal }
+        Self { bridge, vmm, agent, number: 1, journal }
+    }
+
+    /// An appliance boots as far as its agent; it is the last that the bridge has counted.
+    pub(crate) async fn boot_appliance(&self) -> (Vmm, Agent) {
+        let vmm = Vmm::connect(self.bridge.directory(), self.journal.clone()).await;
+        let agent = Agent::boot(&vmm).await;
+        (vmm, agent)
+    }
+
+    /// The next appliance is the one at work from now on. It has booted, and its back-end is up.
+    pub(crate) async fn next_appliance(&mut self) {
+        let (vmm, agent) = self.boot_appliance().await;
+        self.agent = agent;
+        self.vmm = vmm;
+        self.number += 1;
+        self.agent.set_status(Status::BACK_END_UP).await;
+    }
+
+    /// The appliance is dropped for this reason. The front-end notices nothing, and has the next appliance.
+    pub(crate) async fn is_dropped(&mut self, reason: &str, front_end: &FrontEnd) {
+        self.bridge.drops(self.number, reason).await;
+        self.next_appliance().await;
+        self.agent.sees_front_end().await;
+        assert!(!front_end.has_message(), "the front-end has noticed");
     }
 
     /// A scene with a front-end that has negotiated [`PROTOCOL`].
@@ -126,6 +154,8 @@ impl Scene {
     pub(crate) async fn connect_front_end(&mut self) -> FrontEnd {
         let mut front_end = self.new_front_end();
         self.agent.sees_front_end().await;
+        // What was said of earlier ones is out of the way.
+        self.bridge.notified("STATUS=front-end connected").await;
         self.negotiate(&mut front_end).await;
         self.journal.take();
         front_end

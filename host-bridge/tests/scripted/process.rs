@@ -11,6 +11,7 @@ use tempfile::TempDir;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::net::UnixDatagram;
 use tokio::process::{Child, Command};
+use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
 use super::{PATIENCE, QUEUES, WINDOW_LEN, within, within_limit};
@@ -41,8 +42,15 @@ pub(crate) struct Bridge {
     child: Child,
     directory: TempDir,
     notifications: UnixDatagram,
-    log: Arc<Mutex<String>>,
+    log: Log,
     log_reader: JoinHandle<()>,
+}
+
+/// What the bridge has written to its standard error so far.
+#[derive(Debug, Clone, Default)]
+struct Log {
+    text: Arc<Mutex<String>>,
+    grown: Arc<Notify>,
 }
 
 impl Bridge {
@@ -71,14 +79,15 @@ impl Bridge {
         command.env("NOTIFY_SOCKET", &notify_path).env("RUST_LOG", "vvu_bridge=debug");
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
         let mut child = command.spawn().unwrap();
-        let log = Arc::new(Mutex::new(String::new()));
+        let log = Log::default();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
         let log_reader = tokio::spawn({
-            let log = Arc::clone(&log);
+            let log = log.clone();
             async move {
                 while let Ok(Some(line)) = lines.next_line().await {
                     eprintln!("{line}");
-                    *log.lock().unwrap() += &(line + "\n");
+                    *log.text.lock().unwrap() += &(line + "\n");
+                    log.grown.notify_waiters();
                 }
             }
         });
@@ -90,6 +99,11 @@ impl Bridge {
         let mut buffer = [0; 4096];
         let len = within("a notification", self.notifications.recv(&mut buffer)).await.unwrap();
         String::from_utf8(buffer[..len].to_vec()).unwrap()
+    }
+
+    /// Takes all notifications so far: its parent reads them, else they would hold it up.
+    pub(crate) fn forgets_notifications(&self) {
+        while self.notifications.try_recv(&mut [0; 4096]).is_ok() {}
     }
 
     pub(crate) fn directory(&self) -> &Path {
@@ -129,13 +143,35 @@ impl Bridge {
         let Self { mut child, directory, log, log_reader, .. } = self;
         let status = within_limit(limit, "the end of the bridge", child.wait()).await.unwrap();
         within("the end of its log", log_reader).await.unwrap();
-        let log = log.lock().unwrap().clone();
+        let log = log.text.lock().unwrap().clone();
         (Ended { code: status.code(), log }, directory)
     }
 
-    /// Whether the log has this text so far.
-    pub(crate) fn logged(&self, text: &str) -> bool {
-        self.log.lock().unwrap().contains(text)
+    /// Waits until a line of the log has all of these texts.
+    pub(crate) async fn says(&self, texts: &[&str]) {
+        self.says_within(PATIENCE, texts).await;
+    }
+
+    /// The same with a limit of its own.
+    pub(crate) async fn says_within(&self, limit: Duration, texts: &[&str]) {
+        within_limit(limit, &format!("the bridge to say {texts:?}"), async {
+            loop {
+                let grown = self.log.grown.notified();
+                tokio::pin!(grown);
+                grown.as_mut().enable();
+                if self.log.text.lock().unwrap().lines().any(|line| texts.iter().all(|text| line.contains(text))) {
+                    return;
+                }
+                grown.await;
+            }
+        })
+        .await;
+    }
+
+    /// Waits until the bridge has dropped appliance `number`, and says why.
+    pub(crate) async fn drops(&mut self, number: u32, reason: &str) {
+        self.notified(&format!("X_VVU_APPLIANCE_LOST={number}")).await;
+        self.says(&["appliance dropped", reason, &format!("appliance={number}")]).await;
     }
 
     pub(crate) fn signal(&self, signal: Signal) {

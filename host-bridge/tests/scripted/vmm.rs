@@ -10,6 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use tokio::sync::{Semaphore, oneshot, watch};
 use vm_memory::{FileOffset as FileAt, GuestAddress as Physical, GuestMemoryMmap};
@@ -25,7 +26,7 @@ use vvu_socket::MessageSocket;
 
 use super::doorbell::Doorbell;
 use super::ring::{self, DriverRing};
-use super::{Journal, identity, memory_file, unsealed_memory_file, within};
+use super::{Journal, PATIENCE, identity, memory_file, unsealed_memory_file, within, within_limit};
 
 /// Guest-physical address of the appliance's memory above 4 GiB. The memory below begins at 0.
 pub(crate) const HIGH_MEMORY: u64 = 0x1_0000_0000;
@@ -203,10 +204,24 @@ impl Vmm {
         self.shared.verdicts.lock().unwrap().push_back(verdict);
     }
 
+    /// The VMM is killed: all its sockets are closed.
+    pub(crate) fn dies(&self) {
+        self.control.close();
+        self.window.close();
+        self.doorbell.close();
+        let _ = self.window_back.shutdown(Shutdown::Both);
+    }
+
     /// Waits until the last request of the bridge for the window is this one.
     pub(crate) async fn asked(&self, name: &str) {
+        self.asked_within(PATIENCE, name).await;
+    }
+
+    /// The same with a limit of its own.
+    pub(crate) async fn asked_within(&self, limit: Duration, name: &str) {
         let mut asked = self.shared.asked.subscribe();
-        within(&format!("the bridge to ask for {name}"), asked.wait_for(|last| *last == name)).await.unwrap();
+        let asked = asked.wait_for(|last| *last == name);
+        within_limit(limit, &format!("the bridge to ask for {name}"), asked).await.unwrap();
     }
 
     pub(crate) fn ram_identity(&self) -> (u64, u64) {
@@ -224,6 +239,13 @@ impl Vmm {
         let mappings = self.shared.mappings.lock().unwrap();
         let header = mappings.iter().find(|mapping| mapping.map.region_offset == 0)?;
         Some(header.file.try_clone().unwrap())
+    }
+
+    /// The file that is mapped at an offset of the window.
+    pub(crate) fn file_at(&self, offset: u64) -> OwnedFd {
+        let mappings = self.shared.mappings.lock().unwrap();
+        let found = mappings.iter().find(|mapping| mapping.map.region_offset == offset);
+        found.unwrap_or_else(|| panic!("nothing is mapped at {offset:#x}")).file.try_clone().unwrap()
     }
 
     /// How many files of this identity are in the memory table of the appliance's devices.
@@ -344,6 +366,12 @@ impl Device {
     /// Sends a message as it is, and waits for nothing.
     pub(crate) async fn post(&self, message: &RawMessage<OwnedFd>) {
         self.main.lock().await.send(message).await.unwrap();
+    }
+
+    /// Sends the same message over and over, and reads no answer, until the bridge closes the socket.
+    pub(crate) async fn floods(&self, message: &RawMessage<OwnedFd>) {
+        let main = self.main.lock().await;
+        within("the bridge to close the socket", async { while main.send(message).await.is_ok() {} }).await;
     }
 
     /// Closes the socket.

@@ -1,10 +1,17 @@
 //! The tests, by subject.
 
 mod acknowledgements;
+mod back_channel;
+mod device_state;
+mod dirty_log;
 mod hostile_appliance;
 mod hostile_front_end;
+mod inflight;
 mod memory;
+mod memory_slots;
+mod messages;
 mod process;
+mod replay;
 mod sessions;
 mod signals;
 mod start;

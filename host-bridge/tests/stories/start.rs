@@ -99,7 +99,7 @@ async fn realize(front_end: &mut FrontEnd, agent: &mut Agent) {
     let offered = ProtocolFeatures::MQ | ProtocolFeatures::CONFIG;
     let (_, reply) = exchange(front_end, agent, R::GetProtocolFeatures, FrontEndReply::Number(offered.bits())).await;
     let chosen = offered | ProtocolFeatures::REPLY_ACK;
-    assert_eq!(number(reply), chosen.bits());
+    assert_eq!(number(reply), (chosen | ProtocolFeatures::CONFIGURE_MEM_SLOTS).bits());
     // The acknowledgement of requests is between front-end and bridge; the control profile always has it.
     let seen = unanswered(front_end, agent, R::SetProtocolFeatures(chosen)).await;
     assert_eq!(seen, R::SetProtocolFeatures(offered));
@@ -141,8 +141,8 @@ fn number(reply: FrontEndReply<OwnedFd>) -> u64 {
     }
 }
 
-/// What the two halves cannot carry is never offered, whatever the back-end has: no dirty log, no IOMMU, no requests of the
-/// back-end, no inflight buffer, no memory slots. (hardening: a feature mask made of bit numbers.)
+/// What the two halves cannot carry is never offered, whatever the back-end has; what the bridge does by itself always is.
+/// (hardening: a feature mask made of bit numbers.)
 #[tokio::test]
 async fn features_are_masked_to_what_is_carried() {
     let mut scene = Scene::ready().await;
@@ -151,20 +151,26 @@ async fn features_are_masked_to_what_is_carried() {
     agent.sees_front_end().await;
 
     let (_, reply) = exchange(&mut front_end, agent, R::GetFeatures, FrontEndReply::Number(u64::MAX)).await;
-    let masked = Features::LOG_ALL | Features::ACCESS_PLATFORM;
-    assert_eq!(number(reply), u64::MAX ^ masked.bits());
+    assert_eq!(number(reply), u64::MAX);
     let (_, reply) = exchange(&mut front_end, agent, R::GetProtocolFeatures, FrontEndReply::Number(u64::MAX)).await;
     let carried = ProtocolFeatures::MQ
+        | ProtocolFeatures::LOG_SHMFD
         | ProtocolFeatures::RARP
         | ProtocolFeatures::REPLY_ACK
         | ProtocolFeatures::MTU
+        | ProtocolFeatures::BACKEND_REQ
         | ProtocolFeatures::CONFIG
+        | ProtocolFeatures::INFLIGHT_SHMFD
         | ProtocolFeatures::RESET_DEVICE
-        | ProtocolFeatures::STATUS;
+        | ProtocolFeatures::CONFIGURE_MEM_SLOTS
+        | ProtocolFeatures::STATUS
+        | ProtocolFeatures::DEVICE_STATE
+        | ProtocolFeatures::GET_VRING_BASE_INFLIGHT;
     assert_eq!(ProtocolFeatures::from_bits_retain(number(reply)), carried);
 
     let (_, reply) = exchange(&mut front_end, agent, R::GetProtocolFeatures, FrontEndReply::Number(0)).await;
-    assert_eq!(ProtocolFeatures::from_bits_retain(number(reply)), ProtocolFeatures::REPLY_ACK);
+    let own = ProtocolFeatures::REPLY_ACK | ProtocolFeatures::CONFIGURE_MEM_SLOTS;
+    assert_eq!(ProtocolFeatures::from_bits_retain(number(reply)), own);
 }
 
 /// A back-end with fewer queues than the bridge has them all, and one that refuses the configuration space says so.
