@@ -321,7 +321,7 @@ impl Bridge {
                             let error = error.unwrap_or_else(|| anyhow::anyhow!("one of its devices ended early"));
                             self.handle(Event::ApplianceLost(role), Some(error)).await;
                         }
-                        None => self.release(number, error),
+                        None => self.release(number, error).await,
                     }
                 }
             }
@@ -348,8 +348,8 @@ impl Bridge {
                 Effect::Seat(Role::Active) => self.active = self.newcomer.take(),
                 Effect::Seat(Role::Standby) => self.standby = self.newcomer.take(),
                 Effect::TurnAway => {
-                    if let Some(appliance) = self.newcomer.take() {
-                        self.release(appliance.number, Some(anyhow::anyhow!("there is no place for it")));
+                    if let Some(Appliance { number, .. }) = self.newcomer.take() {
+                        self.release(number, Some(anyhow::anyhow!("there is no place for it"))).await;
                     }
                 }
                 Effect::Drop(role) => self.drop_appliance(role, reason.take()).await,
@@ -383,16 +383,18 @@ impl Bridge {
         let Some(mut appliance) = appliance else { return };
         // It may still run. Where it does not, this fails at once.
         let _ = timeout(TAKE_BACK_TIMEOUT, appliance.window.unmap_all()).await;
-        self.release(appliance.number, reason);
+        let number = appliance.number;
+        drop(appliance);
+        self.release(number, reason).await;
     }
 
     /// Ends what is left of an appliance.
-    fn release(&mut self, number: u32, reason: Option<anyhow::Error>) {
+    async fn release(&mut self, number: u32, reason: Option<anyhow::Error>) {
         match reason {
             Some(error) => tracing::warn!(appliance = number, "appliance dropped: {error:#}"),
             None => tracing::info!(appliance = number, "appliance dropped: another one has taken its place"),
         }
-        self.sets.release(number);
+        self.sets.release(number).await;
         self.announcer.lost(number);
     }
 }

@@ -259,9 +259,12 @@ impl DeviceSets {
         set.tasks.spawn_local(retire(appliance));
     }
 
-    /// Ends what is left of an appliance: its sockets are closed.
-    pub fn release(&mut self, number: u32) {
-        self.sets.retain(|set| !matches!(&set.stage, Stage::Complete(set) if set.number == number));
+    /// Ends what is left of an appliance: its sockets are closed afterwards.
+    pub async fn release(&mut self, number: u32) {
+        let is_it = |set: &DeviceSet| matches!(&set.stage, Stage::Complete(set) if set.number == number);
+        if let Some(index) = self.sets.iter().position(is_it) {
+            self.sets.swap_remove(index).tasks.shutdown().await;
+        }
     }
 
     fn complete(&self) -> impl Iterator<Item = &Complete> {
