@@ -1,5 +1,5 @@
-//! What a hostile or broken appliance may do. The bridge ends with one line that says why: the appliance has to be started
-//! anew, and the front-end is disconnected.
+//! What a hostile or broken appliance may do. It is dropped, with one line that says why; the front-end stays connected, and
+//! gets the next appliance.
 
 use std::os::fd::OwnedFd;
 
@@ -22,25 +22,24 @@ use FrontEndRequest as R;
 
 const CONTROL: &str = "control";
 
-/// A session in which the agent does something, and what the last line of the bridge says then.
-async fn agent_ends_the_bridge(expected: &str, act: impl FnOnce(&mut Agent)) {
-    let (mut scene, mut front_end) = Scene::connected().await;
+/// A session in which the agent does something, and why the bridge drops the appliance then.
+async fn agent_is_dropped(reason: &str, act: impl FnOnce(&mut Agent)) {
+    let (mut scene, front_end) = Scene::connected().await;
     act(&mut scene.agent);
-    front_end.sees_end().await;
-    scene.bridge.ended().await.failed_with(expected);
+    scene.is_dropped(reason, &front_end).await;
 }
 
 #[tokio::test]
 async fn garbage_is_no_frame() {
-    agent_ends_the_bridge(CONTROL, |agent| agent.post(&[0xa5; 100])).await;
-    agent_ends_the_bridge(CONTROL, |agent| agent.post(&[])).await;
-    agent_ends_the_bridge(CONTROL, |agent| agent.post(&[0; 19])).await;
+    agent_is_dropped(CONTROL, |agent| agent.post(&[0xa5; 100])).await;
+    agent_is_dropped(CONTROL, |agent| agent.post(&[])).await;
+    agent_is_dropped(CONTROL, |agent| agent.post(&[0; 19])).await;
 }
 
 /// A frame longer than 4096 bytes, in a chain of two buffers.
 #[tokio::test]
 async fn a_frame_has_a_limit() {
-    agent_ends_the_bridge("frame", |agent| {
+    agent_is_dropped("frame", |agent| {
         let [first, second] = [0, 1].map(|index| agent.transmit.buffer(index));
         let descriptor = |address, next| Descriptor { address, len: BUFFER_LEN, writable: false, next };
         agent.transmit.describe(0, descriptor(first, Some(1)));
@@ -54,14 +53,13 @@ async fn a_frame_has_a_limit() {
 #[tokio::test]
 async fn the_ring_index_may_not_jump() {
     let jump = |ring: &mut DriverRing| ring.set_available_index(ring.available_index().wrapping_add(SIZE + 1));
-    agent_ends_the_bridge("queue 1", |agent| jump(&mut agent.transmit)).await;
+    agent_is_dropped("queue 1", |agent| jump(&mut agent.transmit)).await;
 
     // The receive queue is looked at when there is a frame for it.
-    let (mut scene, mut front_end) = Scene::connected().await;
+    let (mut scene, front_end) = Scene::connected().await;
     jump(&mut scene.agent.receive);
     front_end.send(R::SetOwner, true).await;
-    front_end.sees_end().await;
-    scene.bridge.ended().await.failed_with("queue 0");
+    scene.is_dropped("queue 0", &front_end).await;
 }
 
 /// A descriptor that points outside the appliance's memory, or across its end. (hardening: an address that is translated without a
@@ -69,7 +67,7 @@ async fn the_ring_index_may_not_jump() {
 #[tokio::test]
 async fn descriptors_stay_in_memory() {
     for (address, len) in [(0x8000_0000, 64), (0x1f_fff0, 64), (WINDOW_BAR, 64), (u64::MAX - 8, 64), (0, u32::MAX)] {
-        agent_ends_the_bridge("queue 1", |agent| {
+        agent_is_dropped("queue 1", |agent| {
             agent.transmit.describe(3, Descriptor { address, len, writable: false, next: None });
             agent.transmit.offer(3);
         })
@@ -87,8 +85,7 @@ async fn rings_stay_out_of_driver_memory() {
     told(&mut front_end, &mut scene.agent, memory.whole()).await;
     scene.agent.transmit.describe(0, Descriptor { address, len: 64, writable: false, next: None });
     scene.agent.transmit.offer(0);
-    front_end.sees_end().await;
-    scene.bridge.ended().await.failed_with("queue 1");
+    scene.is_dropped("queue 1", &front_end).await;
 
     let (mut scene, mut front_end) = Scene::connected().await;
     told(&mut front_end, &mut scene.agent, memory.whole()).await;
@@ -98,8 +95,7 @@ async fn rings_stay_out_of_driver_memory() {
     scene.vmm.control.post(&R::SetVringAddr(addresses).encode(false)).await;
     scene.vmm.fence().await;
     front_end.send(R::SetOwner, true).await;
-    front_end.sees_end().await;
-    scene.bridge.ended().await.failed_with("queue 0");
+    scene.is_dropped("queue 0", &front_end).await;
 }
 
 /// Heads and links that name no descriptor, chains that never end, buffers of no bytes. (hardening: `next` out of range, circular
@@ -111,27 +107,26 @@ async fn chains_end() {
         agent.transmit.describe(0, Descriptor { address, len, writable: false, next });
         agent.transmit.offer(0);
     };
-    agent_ends_the_bridge(CONTROL, |agent| agent.transmit.offer(SIZE)).await;
-    agent_ends_the_bridge(CONTROL, |agent| agent.transmit.offer(u16::MAX)).await;
-    agent_ends_the_bridge(CONTROL, |agent| chain(agent, 4, Some(0))).await;
-    agent_ends_the_bridge(CONTROL, |agent| chain(agent, 4, Some(SIZE))).await;
-    agent_ends_the_bridge(CONTROL, |agent| chain(agent, 0, None)).await;
+    agent_is_dropped(CONTROL, |agent| agent.transmit.offer(SIZE)).await;
+    agent_is_dropped(CONTROL, |agent| agent.transmit.offer(u16::MAX)).await;
+    agent_is_dropped(CONTROL, |agent| chain(agent, 4, Some(0))).await;
+    agent_is_dropped(CONTROL, |agent| chain(agent, 4, Some(SIZE))).await;
+    agent_is_dropped(CONTROL, |agent| chain(agent, 0, None)).await;
 }
 
-/// A buffer for the bridge to write into that is too short, or not writable: nothing is written, and the bridge ends.
+/// A buffer for the bridge to write into that is too short, or not writable: nothing is written, and the appliance is dropped.
 #[tokio::test]
 async fn receive_buffers_hold_a_frame() {
     for (len, writable) in [(16, true), (0, true), (BUFFER_LEN, false)] {
         let mut scene = Scene::ready().await;
-        let mut front_end = scene.new_front_end();
+        let front_end = scene.new_front_end();
         scene.agent.sees_front_end().await;
         let address = scene.agent.receive.buffer(0);
         for index in 0..SIZE {
             scene.agent.receive.describe(index, Descriptor { address, len, writable, next: None });
         }
         front_end.send(R::GetFeatures, false).await;
-        front_end.sees_end().await;
-        scene.bridge.ended().await.failed_with("queue 0");
+        scene.is_dropped("queue 0", &front_end).await;
     }
 }
 
@@ -141,15 +136,15 @@ fn answer(session: u32, code: u32) -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn an_answer_that_nobody_waits_for_ends_the_bridge() {
-    agent_ends_the_bridge("nobody waits for", |agent| agent.post(&answer(agent.session, 3))).await;
-    agent_ends_the_bridge("nobody waits for", |agent| {
+async fn an_answer_that_nobody_waits_for_ends_the_appliance() {
+    agent_is_dropped("nobody waits for", |agent| agent.post(&answer(agent.session, 3))).await;
+    agent_is_dropped("nobody waits for", |agent| {
         let message = RawMessage::reply(2, vec![0; 8], vec![]);
         agent.post(&Frame::new(Channel::BackEnd, agent.session, message).encode().unwrap());
     })
     .await;
     // A request on the channel of the front-end.
-    agent_ends_the_bridge(CONTROL, |agent| {
+    agent_is_dropped(CONTROL, |agent| {
         let message = R::SetOwner.encode(true);
         agent.post(&Frame::new(Channel::FrontEnd, agent.session, message).encode().unwrap());
     })
@@ -158,33 +153,31 @@ async fn an_answer_that_nobody_waits_for_ends_the_bridge() {
 
 /// Answers that do not fit the request under way: to another request, of another form, with a handle.
 #[tokio::test]
-async fn a_wrong_answer_ends_the_bridge() {
+async fn a_wrong_answer_ends_the_appliance() {
     let number = FrontEndReply::Number(0).encode(1);
     let short = RawMessage::reply(3, vec![0; 4], vec![]);
     let handle = RawMessage::reply(3, vec![0; 8], vec![vvu_protocol::control::Handle::Window]);
     let question = R::SetOwner.encode(true);
     for message in [number, short, handle, question] {
-        let (mut scene, mut front_end) = Scene::connected().await;
+        let (mut scene, front_end) = Scene::connected().await;
         front_end.send(R::SetOwner, true).await;
         scene.agent.request().await;
         let session = scene.agent.session;
         scene.agent.post(&Frame::new(Channel::FrontEnd, session, message).encode().unwrap());
-        front_end.sees_end().await;
-        scene.bridge.ended().await.failed_with(CONTROL);
+        scene.is_dropped(CONTROL, &front_end).await;
     }
 }
 
 /// An agent that asks and takes no answers: frames for it have a limit.
 #[tokio::test]
 async fn frames_for_an_agent_that_takes_none_have_a_limit() {
-    let (mut scene, mut front_end) = Scene::connected().await;
+    let (mut scene, front_end) = Scene::connected().await;
     let message = BackEndRequest::ConfigChange.encode(true);
     let bytes = Frame::new(Channel::BackEnd, scene.agent.session, message).encode().unwrap();
     for _ in 0..32 {
         scene.agent.post(&bytes);
     }
-    front_end.sees_end().await;
-    scene.bridge.ended().await.failed_with("takes no frames");
+    scene.is_dropped("takes no frames", &front_end).await;
 }
 
 /// Messages of the appliance's VMM that QEMU does not send.
@@ -208,10 +201,10 @@ async fn the_vmm_keeps_the_protocol() {
         ("a table with an overlap", overlapping_table()),
     ];
     for (name, message) in rows {
-        let scene = Scene::ready().await;
+        let mut scene = Scene::ready().await;
         scene.vmm.control.post(&message).await;
         eprintln!("row: {name}");
-        scene.bridge.ended().await.failed_with("of the appliance");
+        scene.bridge.drops(1, "of the appliance").await;
     }
 }
 
@@ -229,53 +222,57 @@ fn overlapping_table() -> RawMessage<OwnedFd> {
 /// An answer on the back channel of the window that belongs to no request.
 #[tokio::test]
 async fn the_vmm_answers_what_it_was_asked() {
-    let scene = Scene::ready().await;
+    let mut scene = Scene::ready().await;
     scene.vmm.answers_unasked().await;
-    scene.bridge.ended().await.failed_with("nobody waits for");
+    scene.bridge.drops(1, "nobody waits for").await;
 }
 
 /// Memory that can shrink would let its owner kill the bridge; the refusal says what to change.
 #[tokio::test]
 async fn memory_that_can_shrink_is_refused() {
-    let bridge = Bridge::start().await;
+    let mut bridge = Bridge::start().await;
     let vmm = Vmm::connect_with_unsealed_ram(bridge.directory(), Journal::default()).await;
     vmm.hands_out_memory().await;
-    bridge.ended().await.failed_with("memory-backend-memfd,seal=on");
+    bridge.drops(1, "memory-backend-memfd,seal=on").await;
 }
 
 /// The VMM closes one of its three sockets.
 #[tokio::test]
-async fn the_bridge_ends_with_its_appliance() {
+async fn an_appliance_that_goes_away_is_dropped() {
     for device in ["control", "window", "doorbell"] {
-        let (scene, mut front_end) = Scene::connected().await;
+        let (mut scene, front_end) = Scene::connected().await;
         match device {
             "control" => scene.vmm.control.close(),
             "window" => scene.vmm.window.close(),
             _ => scene.vmm.doorbell.close(),
         }
-        front_end.sees_end().await;
-        scene.bridge.ended().await.failed_with(&format!("closed the {device} device's socket"));
+        scene.is_dropped(&format!("closed the {device} device's socket"), &front_end).await;
     }
 }
 
 /// The same before there was any front-end, and before all three were there.
 #[tokio::test]
-async fn the_bridge_ends_with_an_appliance_that_does_not_boot() {
-    let scene = Scene::ready().await;
+async fn an_appliance_that_does_not_boot_is_dropped() {
+    let mut scene = Scene::ready().await;
     scene.vmm.control.close();
-    scene.bridge.ended().await.failed_with("closed the control device's socket");
+    scene.bridge.drops(1, "closed the control device's socket").await;
+    scene.next_appliance().await;
+    scene.bridge.notified("STATUS=ready for a front-end").await;
+    scene.proves_alive().await;
 
     let bridge = Bridge::start().await;
     drop(std::os::unix::net::UnixStream::connect(bridge.directory().join("window.sock")).unwrap());
-    bridge.ended().await.failed_with("closed the window device's socket");
+    bridge.says(&["gone before it was there", "closed the window device's socket"]).await;
+    // It was never counted.
+    Scene::around(bridge).await.proves_alive().await;
 }
 
 /// The VMM refuses the header of the window.
 #[tokio::test]
 async fn a_window_without_a_header_is_of_no_use() {
-    let bridge = Bridge::start().await;
+    let mut bridge = Bridge::start().await;
     let vmm = Vmm::connect(bridge.directory(), Journal::default()).await;
     vmm.decides(Verdict::Refuse);
     vmm.start_window().await;
-    bridge.ended().await.failed_with("refused SHMEM_MAP");
+    bridge.drops(1, "refused SHMEM_MAP").await;
 }

@@ -1,6 +1,7 @@
 //! The tests, by subject.
 
 mod acknowledgements;
+mod appliances;
 mod back_channel;
 mod device_state;
 mod dirty_log;
@@ -14,4 +15,5 @@ mod process;
 mod replay;
 mod sessions;
 mod signals;
+mod standby;
 mod start;

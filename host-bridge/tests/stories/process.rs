@@ -84,15 +84,17 @@ async fn its_parent_is_notified() {
     let journal = Journal::default();
     assert_eq!(bridge.notification().await, "X_VVU_LISTENING=1\nSTATUS=waiting for the appliance's VMM\n");
     let vmm = Vmm::connect(bridge.directory(), journal.clone()).await;
-    assert_eq!(bridge.notification().await, "STATUS=appliance boots\n");
+    assert_eq!(bridge.notification().await, "STATUS=waiting for the appliance\n");
     let agent = Agent::boot(&vmm).await;
     agent.set_status(vvu_protocol::control::Status::BACK_END_UP).await;
+    assert_eq!(bridge.notification().await, "X_VVU_APPLIANCE_ACTIVE=1\n");
     assert_eq!(bridge.notification().await, "READY=1\n");
     assert_eq!(bridge.notification().await, "STATUS=ready for a front-end\n");
     let front_end = FrontEnd::connect(&bridge.front_end_path(), journal);
     assert_eq!(bridge.notification().await, "STATUS=front-end connected\n");
     drop(front_end);
     agent.sees_end().await;
+    assert_eq!(bridge.notification().await, "STATUS=waiting for the appliance\n");
     agent.set_status(vvu_protocol::control::Status::BACK_END_UP).await;
     assert_eq!(bridge.notification().await, "STATUS=ready for a front-end\n");
     agent.set_status(vvu_protocol::control::Status::empty()).await;
@@ -158,7 +160,7 @@ async fn it_takes_over_a_connected_socket() {
     let vmm = Vmm::connect(bridge.directory(), journal.clone()).await;
     let agent = Agent::boot(&vmm).await;
     agent.set_status(vvu_protocol::control::Status::BACK_END_UP).await;
-    let mut scene = Scene { bridge, vmm, agent, journal };
+    let mut scene = Scene { bridge, vmm, agent, number: 1, journal };
     scene.agent.sees_front_end().await;
     scene.negotiate(&mut front_end).await;
     drop(front_end);

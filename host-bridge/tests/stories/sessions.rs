@@ -14,6 +14,7 @@ use FrontEndRequest as R;
 
 const GET_FEATURES: u32 = 1;
 const SET_OWNER: u32 = 3;
+const SEND_RARP: u32 = 19;
 
 /// The front-end goes: the agent is told, and driver memory stays mapped until nobody in the appliance uses it any more. A
 /// front-end that comes meanwhile waits, and gets the next session.
@@ -55,27 +56,33 @@ async fn a_second_front_end_is_turned_away() {
     scene.proves_alive().await;
 }
 
-/// The back-end dies with a request under way: its front-end is disconnected, and can connect again when there is a
-/// back-end.
+/// The back-end dies, with a request under way or without: the front-end notices nothing. The session that the status field
+/// shows ends, and the next back-end begins another one.
 #[tokio::test]
-async fn a_back_end_that_dies_in_a_request_ends_the_session() {
+async fn a_front_end_outlives_its_back_end() {
     let (mut scene, mut front_end) = Scene::connected().await;
-    front_end.send(R::SetOwner, true).await;
-    scene.agent.request().await;
-    scene.agent.set_status(Status::FRONT_END_UP).await;
-    front_end.sees_end().await;
-    scene.clear_away().await;
-    scene.proves_alive().await;
-}
-
-/// The same between two requests.
-#[tokio::test]
-async fn a_back_end_that_dies_between_requests_ends_the_session() {
-    let (mut scene, mut front_end) = Scene::connected().await;
-    scene.agent.set_status(Status::empty()).await;
-    front_end.sees_end().await;
-    scene.clear_away().await;
-    scene.proves_alive().await;
+    for (session, status) in [(1, Status::FRONT_END_UP), (2, Status::empty())] {
+        front_end.send(R::SetOwner, true).await;
+        scene.agent.request().await;
+        if session == 2 {
+            scene.agent.answer(FrontEndReply::Acknowledgement(0)).await;
+            assert_eq!(front_end.acknowledgement(SET_OWNER).await, 0);
+        }
+        scene.agent.set_status(status).await;
+        let config = scene.agent.sees_end().await;
+        assert_eq!((config.status, config.session), (Status::empty(), session));
+        scene.bridge.notified("STATUS=front-end connected, waiting for the appliance").await;
+        scene.vmm.fence().await;
+        assert!(!front_end.has_message() && !scene.agent.has_frame(), "somebody was told something");
+        scene.agent.set_status(Status::BACK_END_UP).await;
+        let config = scene.agent.sees_front_end().await;
+        assert_eq!((config.status, config.session), (Status::BACK_END_UP | Status::FRONT_END_UP, session + 1));
+        if session == 1 {
+            scene.agent.answers_replay_until(SET_OWNER).await;
+            assert_eq!(front_end.acknowledgement(SET_OWNER).await, 0);
+        }
+        scene.bridge.notified("STATUS=front-end connected").await;
+    }
 }
 
 /// The back-end dies while there is no front-end: the next front-end waits until there is a back-end again.
@@ -95,15 +102,16 @@ async fn a_front_end_waits_for_a_back_end() {
     front_end.reply(GET_FEATURES).await;
 }
 
-/// The appliance is reset in the middle of a request: all its mappings are gone. The front-end is disconnected; after the
-/// boot the header is there again and the next session works, whichever device is reset first.
+/// The appliance is reset in the middle of a request: all its mappings are gone. After the boot the header is there again, driver
+/// memory is mapped again, and the request is asked again, whichever device is reset first.
 #[tokio::test]
 async fn the_appliance_may_be_reset() {
     let (mut scene, mut front_end) = Scene::connected().await;
+    let memory = DriverMemory::new(8 << 20);
+    told(&mut front_end, &mut scene.agent, memory.pc_table()).await;
+    let mapped = scene.vmm.driver_mappings();
     for window_first in [false, true] {
-        let memory = DriverMemory::new(8 << 20);
-        told(&mut front_end, &mut scene.agent, memory.pc_table()).await;
-        front_end.send(R::SetOwner, true).await;
+        front_end.send(R::SendRarp(1), true).await;
         scene.agent.request().await;
         if window_first {
             scene.vmm.reset_window().await;
@@ -112,7 +120,6 @@ async fn the_appliance_may_be_reset() {
         if !window_first {
             scene.vmm.reset_window().await;
         }
-        front_end.sees_end().await;
         scene.journal.take();
         scene.reboot_agent().await;
         scene.vmm.start_window().await;
@@ -120,28 +127,37 @@ async fn the_appliance_may_be_reset() {
         let config = scene.agent.config().await;
         assert_eq!((config.status, config.session), (Status::empty(), scene.agent.session));
         assert!(scene.vmm.header().is_some(), "the header is mapped again");
+        assert_eq!(scene.vmm.driver_mappings(), [], "mapped without a back-end");
         scene.agent.set_status(Status::BACK_END_UP).await;
-        scene.bridge.notified("STATUS=ready for a front-end").await;
+        scene.agent.sees_front_end().await;
+        scene.agent.answers_replay_until(SEND_RARP).await;
+        assert_eq!(front_end.acknowledgement(SEND_RARP).await, 0);
+        assert_eq!(scene.vmm.driver_mappings(), mapped);
         assert!(!scene.journal.take().contains(&"SHMEM_UNMAP asked".to_owned()), "unmapped what was not mapped");
-        front_end = scene.connect_front_end().await;
     }
     scene.end_session(front_end).await;
     scene.proves_alive().await;
 }
 
-/// The window device alone is reset, by its driver: driver memory is gone from the window, and so is the session.
+/// The window device alone is reset, by its driver: driver memory is gone from the window, until it is back and the agent has
+/// a back-end again.
 #[tokio::test]
-async fn a_session_does_not_outlive_its_mappings() {
+async fn mappings_are_made_again_after_a_reset_of_the_window() {
     let (mut scene, mut front_end) = Scene::connected().await;
     let memory = DriverMemory::new(8 << 20);
     told(&mut front_end, &mut scene.agent, memory.pc_table()).await;
+    let mapped = scene.vmm.driver_mappings();
     scene.vmm.reset_window().await;
-    front_end.sees_end().await;
     assert_eq!(scene.agent.sees_end().await.window_len, 0);
-    scene.vmm.start_window().await;
-    scene.agent.sees(|config| config.window_len != 0, "the window's header").await;
+    // A back-end alone is not enough.
     scene.agent.set_status(Status::BACK_END_UP).await;
-    scene.bridge.notified("STATUS=ready for a front-end").await;
+    scene.vmm.fence().await;
+    assert_eq!(scene.agent.config().await.status, Status::BACK_END_UP);
+    scene.vmm.start_window().await;
+    scene.agent.sees_front_end().await;
+    scene.replay(&front_end).await;
+    assert_eq!(scene.vmm.driver_mappings(), mapped);
+    scene.end_session(front_end).await;
     scene.proves_alive().await;
 }
 
@@ -255,16 +271,22 @@ async fn late_signals_go_nowhere() {
     assert_eq!(event::take(&call).unwrap(), None);
 }
 
-/// An agent that does not clear a session away is given up after 30 seconds, and the bridge with it.
+/// An agent that does not clear a session away is given up after 30 seconds, and its appliance dropped. Driver memory is taken
+/// out of its window first.
 #[tokio::test]
 async fn an_appliance_that_keeps_a_session_is_given_up() {
-    let (scene, front_end) = Scene::connected().await;
+    let (mut scene, mut front_end) = Scene::connected().await;
+    told(&mut front_end, &mut scene.agent, DriverMemory::new(8 << 20).whole()).await;
     drop(front_end);
     scene.agent.sees_end().await;
     let since = Instant::now();
-    let (ended, _) = scene.bridge.ended_within(Duration::from_secs(60)).await;
-    ended.failed_with("the end of a session within 30 s");
+    scene.vmm.asked_within(Duration::from_secs(60), "SHMEM_UNMAP").await;
     assert!(since.elapsed() > Duration::from_secs(29), "given up after {:?}", since.elapsed());
+    scene.bridge.drops(1, "the end of a session within 30 s").await;
+    assert_eq!(scene.vmm.driver_mappings(), []);
+    scene.next_appliance().await;
+    scene.bridge.notified("STATUS=ready for a front-end").await;
+    scene.proves_alive().await;
 }
 
 /// A request of which the front-end has sent half is not lost, and not taken for a whole one.
