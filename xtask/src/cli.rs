@@ -29,6 +29,8 @@ pub(crate) enum Command {
     },
     /// Run every check: format, lints, documents, unit tests, image, whole machines
     Test(Test),
+    /// Play bridge and agent against each other, without VMs, through random schedules
+    Simulate(Simulate),
     /// Measure the disk in the driver VM: its speed in turn with qemu-storage-daemon on the host, or its pauses
     Bench(Bench),
     /// Kill parts at random under a verified load, over and over
@@ -62,6 +64,16 @@ pub(crate) struct Test {
     /// Of the whole-machine tests, run those with this in their name
     #[arg(value_name = "NAME")]
     pub(crate) machine_filter: Option<String>,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Simulate {
+    /// Number of schedules
+    #[arg(long, value_name = "N", default_value_t = 1000)]
+    pub(crate) schedules: u64,
+    /// Seed of the first one; each further one has the next number
+    #[arg(long, value_name = "S", default_value_t = 1)]
+    pub(crate) seed: u64,
 }
 
 #[derive(Clone, Debug, Args)]

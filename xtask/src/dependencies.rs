@@ -8,7 +8,7 @@ use serde::Deserialize;
 use crate::workspace::Workspace;
 
 /// Which crates of the workspace a crate may use. Tests of a crate (dev-dependencies) are free.
-const ALLOWED: [(&str, &[&str]); 13] = [
+const ALLOWED: [(&str, &[&str]); 14] = [
     ("vvu-protocol", &[]),
     ("vvu-socket", &["vvu-protocol"]),
     ("vvu-bridge", &["vvu-protocol", "vvu-socket"]),
@@ -21,6 +21,7 @@ const ALLOWED: [(&str, &[&str]); 13] = [
     ("vvu", &["vvu-appliance-config", "vvu-protocol"]),
     ("vvu-setup", &[]),
     ("vvu-guest-image", &["vvu-setup"]),
+    ("vvu-simulation", &[]),
     // It runs in a driver VM, alone.
     ("vvu-witness", &[]),
     ("vvu-tests", &["vvu-guest-image", "vvu-setup", "vvu-witness"]),

@@ -8,6 +8,7 @@ mod cli;
 mod dependencies;
 mod image;
 mod report;
+mod simulate;
 mod test;
 mod workspace;
 
@@ -47,6 +48,7 @@ fn run(command: Command) -> anyhow::Result<bool> {
             workspace.build_programs(Profile::Dev)?;
             demo::run(&DemoOptions { keep_image })?;
         }
+        Command::Simulate(options) => workspace::run(&mut simulate::command(&workspace, Some(&options)))?,
         Command::Test(options) => return test::run(&workspace, &options),
         Command::Bench(options) => bench::run(&workspace, &options)?,
         Command::Soak(options) => {

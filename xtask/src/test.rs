@@ -11,7 +11,7 @@ use anyhow::Context;
 use crate::cli::Test;
 use crate::report::{Outcome, Report, TestLines};
 use crate::workspace::{Profile, Workspace, run as run_command};
-use crate::{dependencies, image};
+use crate::{dependencies, image, simulate};
 
 /// Steps that others need.
 const SETUP: &str = "set-up";
@@ -36,8 +36,9 @@ pub(crate) fn run(workspace: &Workspace, options: &Test) -> anyhow::Result<bool>
     // Before the unit tests: those of the launcher ask the real QEMU what it can do.
     check(&mut report, SETUP, || image::ensure_setup().map(drop));
     check(&mut report, PROGRAMS, || workspace.build_programs(Profile::Dev));
-    let unit = ["test", "--workspace", "--exclude", "vvu-tests", "--no-fail-fast"];
+    let unit = ["test", "--workspace", "--exclude", "vvu-tests", "--exclude", "vvu-simulation", "--no-fail-fast"];
     tests(&mut report, "unit and property tests", &mut cargo(&unit));
+    tests(&mut report, "simulation", &mut simulate::command(workspace, None));
     let harness = ["test", "--package", "vvu-tests", "--lib", "--no-fail-fast"];
     tests(&mut report, "unit tests of the machine harness", &mut cargo(&harness));
     if !options.no_machines {

@@ -1,0 +1,73 @@
+//! The tests.
+
+use std::env;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use vvu_simulation::coverage::Coverage;
+
+use super::log;
+use super::schedule::{Action, Played, play};
+
+/// Schedules that are played if nobody says how many, and for how long at the most.
+const SCHEDULES: u64 = 100_000;
+const TIME: Duration = Duration::from_secs(50);
+
+/// Most actions of a schedule.
+const ACTIONS: u64 = 60;
+
+/// One schedule at a time: the descriptors of the process are counted.
+static ALONE: Mutex<()> = Mutex::new(());
+
+fn descriptors() -> usize {
+    std::fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+/// Plays a schedule, and fails with all that is known of it.
+fn check(seed: u64, actions: u64, script: &[Action]) -> Played {
+    let before = descriptors();
+    let played = play(seed, actions, script);
+    if let Some(failure) = &played.failure {
+        eprintln!("{}", log::lines().join("\n"));
+        panic!("schedule {seed}: {failure}\nagain: cargo xtask simulate --seed {seed} --schedules 1");
+    }
+    let after = descriptors();
+    assert_eq!(after, before, "schedule {seed}: open descriptors, and before");
+    played
+}
+
+fn number(name: &str) -> Option<u64> {
+    env::var(name).ok().map(|value| value.parse().expect("a number"))
+}
+
+#[test]
+fn a_front_end_comes_uses_the_device_and_goes() {
+    let _alone = ALONE.lock().unwrap();
+    // The runtime opens some descriptors for good.
+    play(0, 0, &[]);
+    for seed in 0..20 {
+        let played = check(seed, 8, &[Action::Connect, Action::Seconds, Action::Moment, Action::Seconds]);
+        assert!(played.requests > 0, "the driver has submitted nothing");
+    }
+}
+
+#[test]
+fn random_schedules() {
+    let _alone = ALONE.lock().unwrap();
+    play(0, 0, &[]);
+    let first = number("VVU_SIMULATION_SEED").unwrap_or(1);
+    let given = number("VVU_SIMULATION_SCHEDULES");
+    let (start, mut count, mut actions, mut requests) = (Instant::now(), 0, 0, 0);
+    let mut coverage = Coverage::default();
+    while count < given.unwrap_or(SCHEDULES) && (given.is_some() || start.elapsed() < TIME) {
+        let seed = first + count;
+        let played = check(seed, 5 + seed % ACTIONS, &[]);
+        (count, actions, requests) = (count + 1, actions + played.actions, requests + played.requests);
+        coverage.add(played.coverage);
+    }
+    let rate = count as f64 / start.elapsed().as_secs_f64();
+    println!("{count} schedules, {rate:.1} each second; {actions} actions, {requests} requests; {coverage}");
+    for life in coverage.lives() {
+        println!("  {life}");
+    }
+}

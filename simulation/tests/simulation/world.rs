@@ -1,0 +1,181 @@
+//! What all parts of a schedule share: chance, the memory files that there are, and how often something was done to anybody.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::rc::{Rc, Weak};
+use std::time::Duration;
+
+use tokio::task::yield_now;
+use tokio::time::{Instant, sleep};
+use vvu_protocol::window::FileId;
+use vvu_simulation::random::Random;
+
+use super::appliance::Appliance;
+use super::back_end::Kind;
+use super::file::MappedFile;
+use super::log;
+
+/// Queues of the device.
+pub(crate) const QUEUES: u16 = 2;
+
+/// Driver memory that the window is made for, in bytes.
+pub(crate) const WINDOW_MEMORY: u64 = 32 << 20;
+
+/// Identity of the device set.
+pub(crate) const UUID: [u8; 16] = [7; 16];
+
+/// Hesitations take up to this long, if they take time at all.
+const MOMENT: Duration = Duration::from_micros(300);
+
+/// How long a request may take.
+const SERVICE_TIMES: [Duration; 4] =
+    [Duration::ZERO, Duration::from_micros(100), Duration::from_millis(5), Duration::from_secs(2)];
+
+#[derive(Debug)]
+pub(crate) struct World {
+    pub(crate) random: Random,
+    pub(crate) directory: PathBuf,
+    pub(crate) kind: Kind,
+    pub(crate) appliances: RefCell<Vec<Rc<Appliance>>>,
+    /// What the front-end is doing.
+    pub(crate) session: Cell<&'static str>,
+    /// Nobody is disturbed any more: the front-end brings what it does to an end.
+    pub(crate) rests: Cell<bool>,
+    requests: Cell<u64>,
+    /// Of a hundred steps of a simulated part, so many wait for others before they go on.
+    pub(crate) hesitancy: u64,
+    files: RefCell<BTreeMap<FileId, Weak<MappedFile>>>,
+    disturbances: Cell<u64>,
+    disturbed: Cell<Instant>,
+    /// Identity of each eventfd that an appliance was given, and which appliance that is.
+    eventfds: RefCell<BTreeMap<u64, u32>>,
+    /// How often each request was executed by a back-end.
+    executions: RefCell<BTreeMap<u64, u32>>,
+    /// Back-ends that were lost while they had something of a driver.
+    losses: Cell<u64>,
+}
+
+impl World {
+    pub(crate) fn new(seed: u64, directory: PathBuf) -> Rc<Self> {
+        let random = Random::new(seed);
+        let hesitancy = *random.one_of(&[0, 5, 20, 50]).unwrap();
+        Rc::new(Self {
+            kind: Kind {
+                inflight: random.percent(70),
+                acknowledges: random.percent(80),
+                slots: random.percent(50),
+                service_time: *random.one_of(&SERVICE_TIMES).unwrap(),
+            },
+            random,
+            directory,
+            appliances: RefCell::default(),
+            session: Cell::new("none"),
+            rests: Cell::new(false),
+            requests: Cell::new(0),
+            hesitancy,
+            files: RefCell::default(),
+            disturbances: Cell::new(0),
+            disturbed: Cell::new(Instant::now()),
+            eventfds: RefCell::default(),
+            executions: RefCell::default(),
+            losses: Cell::new(0),
+        })
+    }
+
+    pub(crate) fn note(&self, text: impl AsRef<str>) {
+        log::note(text.as_ref());
+    }
+
+    /// Something is done to a part that it has not asked for: what anybody waits for may take its full time again.
+    pub(crate) fn disturb(&self, what: &str) {
+        self.note(format!("# {what}"));
+        self.disturbances.set(self.disturbances.get() + 1);
+        self.disturbed.set(Instant::now());
+    }
+
+    pub(crate) fn disturbances(&self) -> u64 {
+        self.disturbances.get()
+    }
+
+    /// When somebody was disturbed last.
+    pub(crate) fn disturbed(&self) -> Instant {
+        self.disturbed.get()
+    }
+
+    /// Lets others go on in between, now and then.
+    pub(crate) async fn hesitate(&self) {
+        if !self.random.percent(self.hesitancy) {
+            return;
+        }
+        if self.random.percent(20) {
+            sleep(self.random.time(MOMENT)).await;
+        } else {
+            for _ in 0..self.random.within(1..4) {
+                yield_now().await;
+            }
+        }
+    }
+
+    /// A memory file that is known by its identity as long as it lives.
+    pub(crate) fn file(&self, len: u64) -> Rc<MappedFile> {
+        let file = Rc::new(MappedFile::new(len));
+        self.files.borrow_mut().insert(file.id, Rc::downgrade(&file));
+        file
+    }
+
+    pub(crate) fn known_file(&self, id: FileId) -> Option<Rc<MappedFile>> {
+        self.files.borrow().get(&id)?.upgrade()
+    }
+
+    /// An appliance is given an eventfd.
+    pub(crate) fn own_eventfd(&self, id: u64, appliance: u32) {
+        let before = self.eventfds.borrow_mut().insert(id, appliance);
+        assert_eq!(before, None, "appliance {appliance} was given an eventfd that another one has, or it has twice");
+    }
+
+    /// An appliance is gone, with all its eventfds.
+    pub(crate) fn forget_eventfds(&self, appliance: u32) {
+        self.eventfds.borrow_mut().retain(|_, owner| *owner != appliance);
+    }
+
+    /// A number for the next request of a driver.
+    pub(crate) fn next_request(&self) -> u64 {
+        self.requests.set(self.requests.get() + 1);
+        self.requests.get()
+    }
+
+    /// Requests so far.
+    pub(crate) fn requests(&self) -> u64 {
+        self.requests.get()
+    }
+
+    /// Appliances whose VMM lives.
+    pub(crate) fn living(&self) -> Vec<Rc<Appliance>> {
+        self.appliances.borrow().iter().filter(|appliance| appliance.is_alive()).cloned().collect()
+    }
+
+    /// The appliance that serves the front-end, as far as guests know.
+    pub(crate) fn serving(&self) -> Option<Rc<Appliance>> {
+        self.living()
+            .into_iter()
+            .filter(|appliance| appliance.session().is_some())
+            .max_by_key(|appliance| appliance.session())
+    }
+
+    pub(crate) fn executed(&self, id: u64) {
+        *self.executions.borrow_mut().entry(id).or_default() += 1;
+    }
+
+    pub(crate) fn executions(&self, id: u64) -> u32 {
+        self.executions.borrow().get(&id).copied().unwrap_or(0)
+    }
+
+    pub(crate) fn back_end_lost(&self) {
+        self.losses.set(self.losses.get() + 1);
+    }
+
+    pub(crate) fn losses(&self) -> u64 {
+        self.losses.get()
+    }
+}
