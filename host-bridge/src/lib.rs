@@ -16,7 +16,8 @@
 //! - [`appliance`] is the device set towards the appliance's VMM.
 //!
 //! Never here: device code, parsing of images or packets, a mapping of driver memory, a disk, a network. The only memory that
-//! it maps is the appliance's own, for the two queues of the control device.
+//! it maps is the appliance's own, for the two queues of the control device, and one page of a dirty log whose file ends
+//! within a page.
 
 mod announcement;
 pub mod appliance;

@@ -216,7 +216,11 @@ async fn serve(mut served: Served, mut requests: mpsc::Receiver<Carried>) {
             break given_up;
         }
     };
-    tracing::warn!("back channel: {:#}", anyhow::Error::from(given_up));
+    match given_up {
+        // As it does at its end.
+        GivenUp::Closed => tracing::debug!("back channel: the front-end closed it"),
+        fault => tracing::warn!("back channel: {:#}", anyhow::Error::from(fault)),
+    }
     let Served { socket, owed, .. } = served;
     drop(socket);
     for Owed { code, answer, .. } in owed {

@@ -360,3 +360,6 @@ const fn number(answer: &FrontEndReply<Descriptor>) -> Option<u64> {
         _ => None,
     }
 }
+
+#[cfg(test)]
+mod tests;
