@@ -125,6 +125,25 @@ mod tests {
         assert!(matches!(ImageLock::take(&writer), Err(ImageLockError::InUse(_))));
     }
 
+    /// QEMU's programs take shared locks only, and find each other by looking.
+    #[test]
+    fn what_qemus_programs_do_and_forbid_is_respected() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let reader = image(&file, true);
+        for (first, allowed) in [
+            (DOES + READ, true),
+            (DOES + WRITE, false),
+            (DOES + RESIZE, false),
+            (FORBIDS + READ, false),
+            (FORBIDS + WRITE, true),
+        ] {
+            let other = File::open(file.path()).unwrap();
+            assert!(try_lock(other.as_fd(), Kind::Shared, Range { first, len: 1 }).unwrap());
+            assert_eq!(ImageLock::take(&reader).is_ok(), allowed, "byte {first}");
+            assert!(ImageLock::take(&image(&file, false)).is_err(), "byte {first}");
+        }
+    }
+
     #[test]
     fn the_lock_lives_as_long_as_any_copy_of_its_descriptor() {
         let file = tempfile::NamedTempFile::new().unwrap();
