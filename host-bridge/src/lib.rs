@@ -13,7 +13,7 @@
 //! - `translate` is the one place where a file descriptor becomes a handle;
 //! - `doorbells` is the one place where the eventfds of kicks and calls are chosen, and relays them;
 //! - [`log_limit`] bounds what peers can make the bridge log;
-//! - [`appliance`] is the device set towards the appliance's VMM.
+//! - [`appliance`] is the appliances: the device set of each, towards its VMM.
 //!
 //! Never here: device code, parsing of images or packets, a mapping of driver memory, a disk, a network. The only memory that
 //! it maps is the appliance's own, for the two queues of the control device, and one page of a dirty log whose file ends

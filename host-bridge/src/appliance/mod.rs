@@ -11,6 +11,7 @@ pub mod doorbell;
 mod memory;
 mod queue;
 pub mod sets;
+mod sockets;
 pub mod window;
 
 use std::io;

@@ -12,15 +12,14 @@
 //! with it. Nothing here decides what an appliance is used for.
 
 use std::future::poll_fn;
-use std::io;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::rc::Rc;
 use std::task::Poll;
 use std::time::Duration;
 
 use anyhow::Context;
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::UnixStream;
 use tokio::sync::{Notify, watch};
 use tokio::task::{AbortHandle, JoinError, JoinSet};
 use tokio::time::{Instant, sleep_until};
@@ -28,13 +27,16 @@ use vvu_protocol::window::Layout;
 
 use super::control::{Control, ControlCommands, ControlPort, ControlState};
 use super::doorbell::Doorbell;
+use super::sockets::{Device, Sockets};
 use super::window::{Window, WindowPort, WindowState, header_file};
 use super::{Appliance, ApplianceError, CLEAR_TIMEOUT, file_identity};
 use crate::doorbells::Doorbells;
-use crate::front_end::remove_stale_socket;
 
 /// Most appliances: the one in use, and the one that is to take its place.
 pub const COMPLETE_MAX: usize = 2;
+
+/// Most sets that are over and wait to be taken notice of, while somebody is busy. Each holds up to three sockets and its eventfds.
+const OVER_MAX: usize = 4;
 
 /// Most sets that are not complete: an appliance that starts, and one that was killed while it did.
 pub const INCOMPLETE_MAX: usize = 2;
@@ -64,62 +66,6 @@ pub enum SetEvent {
     Down(u32),
     /// It has ended: with an error, or because it has retired.
     Ended(u32, Option<ApplianceError>),
-}
-
-/// One of the three devices.
-#[derive(Debug, Clone, Copy)]
-enum Device {
-    Control,
-    Window,
-    Doorbell,
-}
-
-/// The listening sockets. The files are removed at the end.
-#[derive(Debug)]
-struct Sockets {
-    control: (UnixListener, RemovedAtEnd),
-    window: (UnixListener, RemovedAtEnd),
-    doorbell: (UnixListener, RemovedAtEnd),
-}
-
-#[derive(Debug)]
-struct RemovedAtEnd(PathBuf);
-
-impl Drop for RemovedAtEnd {
-    fn drop(&mut self) {
-        // The directory may have been removed already; there is nobody to tell.
-        let _ = std::fs::remove_file(&self.0);
-    }
-}
-
-impl Sockets {
-    fn bind(directory: &Path) -> anyhow::Result<Self> {
-        let listen = |name: &str| -> anyhow::Result<(UnixListener, RemovedAtEnd)> {
-            let path = directory.join(name);
-            remove_stale_socket(&path)?;
-            let listener = UnixListener::bind(&path).with_context(|| {
-                format!(
-                    "cannot listen at {}: create the directory of --appliance-dir and make it writable",
-                    path.display()
-                )
-            })?;
-            Ok((listener, RemovedAtEnd(path)))
-        };
-        Ok(Self {
-            control: listen("control.sock")?,
-            window: listen("window.sock")?,
-            doorbell: listen("doorbell.sock")?,
-        })
-    }
-
-    /// The next connection. May be cancelled.
-    async fn accept(&self) -> io::Result<(Device, UnixStream)> {
-        tokio::select! {
-            accepted = self.control.0.accept() => Ok((Device::Control, accepted?.0)),
-            accepted = self.window.0.accept() => Ok((Device::Window, accepted?.0)),
-            accepted = self.doorbell.0.accept() => Ok((Device::Doorbell, accepted?.0)),
-        }
-    }
 }
 
 /// What says whether an appliance can be used.
@@ -226,22 +172,14 @@ impl DeviceSets {
         })
     }
 
-    /// What has happened to appliances and was not said yet.
+    /// What has happened to appliances and was not said yet. The end of one comes before the beginning of another, which may
+    /// need its place.
     pub fn take(&mut self) -> Option<SetEvent> {
-        self.complete_mut().find_map(|set| {
-            if let Some(appliance) = set.came.take() {
-                return Some(SetEvent::Came(appliance));
-            }
-            if let Some(error) = set.ended.take() {
-                return Some(SetEvent::Ended(set.number, error));
-            }
-            let ready = set.readiness.now();
-            if set.over || ready == set.said_ready {
-                return None;
-            }
-            set.said_ready = ready;
-            Some(if ready { SetEvent::Ready(set.number) } else { SetEvent::Down(set.number) })
-        })
+        let ended = self.complete_mut().filter(|set| set.came.is_none()).find_map(|set| {
+            let error = set.ended.take()?;
+            Some(SetEvent::Ended(set.number, error))
+        });
+        ended.or_else(|| self.complete_mut().find_map(Complete::take))
     }
 
     /// Lets an appliance clear its session away and then end. One that retires already ends at once.
@@ -282,7 +220,8 @@ impl DeviceSets {
     }
 
     fn has_room(&self) -> bool {
-        self.complete().filter(|set| !set.retires).count() < COMPLETE_MAX
+        let over = self.complete().filter(|set| set.over).count();
+        over < OVER_MAX && self.complete().filter(|set| !set.retires && !set.over).count() < COMPLETE_MAX
     }
 
     fn next_deadline(&self) -> Option<Instant> {
@@ -378,6 +317,20 @@ impl DeviceSets {
             }
             !late
         });
+    }
+}
+
+impl Complete {
+    fn take(&mut self) -> Option<SetEvent> {
+        if let Some(appliance) = self.came.take() {
+            return Some(SetEvent::Came(appliance));
+        }
+        let ready = self.readiness.now();
+        if self.over || ready == self.said_ready {
+            return None;
+        }
+        self.said_ready = ready;
+        Some(if ready { SetEvent::Ready(self.number) } else { SetEvent::Down(self.number) })
     }
 }
 

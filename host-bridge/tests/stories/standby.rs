@@ -274,6 +274,26 @@ async fn a_standby_that_does_not_boot_is_not_noticed() {
     assert_eq!(scene.agent.session, 1, "the front-end was moved");
 }
 
+/// A standby dies while the first appliance is busy with a request: there is room for the next one at once.
+#[tokio::test]
+async fn a_standby_may_be_replaced_during_a_request() {
+    let (mut scene, mut disk, vmm, agent) = disk_and_standby().await;
+    disk.front_end.send(R::SetOwner, true).await;
+    scene.agent.request().await;
+    vmm.dies();
+    drop(agent);
+    scene.vmm.fence().await;
+    let (vmm, mut agent) = scene.boot_appliance().await;
+    agent.set_status(Status::BACK_END_UP).await;
+    scene.agent.answer(A::Acknowledgement(0)).await;
+    assert_eq!(disk.front_end.acknowledgement(SET_OWNER).await, 0);
+    is_drained(&mut scene.agent, 8).await;
+    assert_eq!(is_told(&mut agent).await, Some(8));
+    assert_eq!(announced(&mut scene, "X_VVU_APPLIANCE_LOST=").await.1, 2);
+    assert_eq!(announced(&mut scene, "X_VVU_APPLIANCE_ACTIVE=").await.1, 3);
+    disk.works_with(&vmm, &mut agent).await;
+}
+
 /// The first appliance dies instead of draining, or right after it. The standby takes over, as after any crash, or where the
 /// vrings stood.
 #[tokio::test]
