@@ -61,8 +61,11 @@ fn a_front_end_asks_while_it_is_asked() {
             let update = Iotlb { kind: 2, ..MISS };
             assert_eq!(stage.ask(Request::Iotlb(update)).await, FrontEndReply::Number(0));
             stage.bridge.answer_back_end(CONFIG_CHANGE, 0);
-            stage.done(command(Command::TellConfigChange)).await;
-            assert_eq!(stage.bridge.back_end_request().await, BackEndRequest::ConfigChange);
+            // It was told nothing that it had not asked for: the next answer is to the next request.
+            stage.bridge.send(command(Command::AskMiss));
+            assert_eq!(stage.bridge.back_end_request().await, BackEndRequest::Iotlb(MISS));
+            stage.bridge.answer_back_end(IOTLB_MSG, 0);
+            assert_eq!(answer(stage).await, 0);
         })
     });
 }

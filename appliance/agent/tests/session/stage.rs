@@ -16,6 +16,7 @@ use vvu_agent::supervisor::{BackEndProgram, Supervisor};
 use vvu_agent::uuid::Uuid;
 use vvu_agent::window::Window;
 use vvu_protocol::address::{FileOffset, GuestAddress, UserAddress};
+use vvu_protocol::carriage::OWN_PROTOCOL_FEATURES;
 use vvu_protocol::control::Handle;
 use vvu_protocol::dax::NODE_OFFSET;
 use vvu_protocol::doorbell::{PeerId, Vector};
@@ -133,14 +134,14 @@ impl Stage {
         assert_eq!(answer, Reply::refusal(code).encode(code), "{name}");
     }
 
-    /// A front-end comes, and features are negotiated: all that the back-end offers.
+    /// A front-end comes, and features are negotiated: all that the back-end offers, and what the bridge offers by itself.
     pub(crate) async fn connect_and_negotiate(&self) -> ProtocolFeatures {
         self.bridge.connect().await;
         let FrontEndReply::Number(features) = self.ask(Request::GetFeatures).await else { panic!("no features") };
         let offered = self.ask(Request::GetProtocolFeatures).await;
         let FrontEndReply::Number(bits) = offered else { panic!("{offered:?}") };
         let offered = ProtocolFeatures::from_bits_retain(bits);
-        self.done(Request::SetProtocolFeatures(offered)).await;
+        self.done(Request::SetProtocolFeatures(offered | OWN_PROTOCOL_FEATURES)).await;
         self.done(Request::SetOwner).await;
         let features = Features::from_bits_retain(features).difference(Features::LOG_ALL);
         self.done(Request::SetFeatures(features)).await;
