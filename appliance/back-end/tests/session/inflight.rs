@@ -136,6 +136,18 @@ fn a_batch_that_was_returned_before_the_death_is_not_done_again() {
 }
 
 #[test]
+fn a_signal_that_died_with_the_back_end_is_given() {
+    let buffer = Buffer::new(1);
+    let (mut front_end, memory) = prepared(&buffer);
+    let mut queue = Queue::new(0);
+    // All is returned; nobody knows whether the driver was told.
+    queue.set_indices(&memory, 5);
+    buffer.leave(0, 5, &[]);
+    queue.start(&mut front_end, 5);
+    crate::front_end::wait_for(&queue.events.call, "call");
+}
+
+#[test]
 fn a_buffer_of_another_ring_is_forgotten() {
     let buffer = Buffer::new(1);
     let (mut front_end, memory) = prepared(&buffer);

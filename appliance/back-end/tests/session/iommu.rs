@@ -243,6 +243,14 @@ fn taking_back_a_rings_place_is_answered_when_the_ring_knows() {
 }
 
 #[test]
+fn a_reset_forgets_all_mappings() {
+    let mut machine = Machine::with_ring();
+    machine.front_end.done(Request::ResetDevice);
+    machine.front_end.done(Request::SetVringEnable(VringState { index: 0, num: 1 }));
+    assert_eq!(machine.miss().iova, RING_IOVA + machine.queue.descriptors);
+}
+
+#[test]
 fn a_new_channel_is_asked_what_the_old_one_was() {
     let mut machine = Machine::new();
     let iova = machine.miss().iova;

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use vm_memory::{Bytes, GuestAddress};
 use vvu_protocol::address::FileOffset;
 use vvu_protocol::features::Features;
 use vvu_protocol::message::{LogArea, VringFile, VringState};
@@ -94,6 +95,38 @@ fn parameters_are_latched_when_the_ring_starts() {
 }
 
 #[test]
+fn a_ring_may_be_enabled_before_it_has_a_kick() {
+    let mut front_end = FrontEnd::negotiated();
+    let memory = DriverMemory::new();
+    memory.announce(&mut front_end);
+    let mut queue = Queue::new(0);
+    queue.set_up(&mut front_end, 0, queue.addresses(None));
+    front_end.done(Request::SetVringEnable(VringState { index: 0, num: 1 }));
+    let file = |event: &std::os::fd::OwnedFd| VringFile { index: 0, descriptor: Some(event.try_clone().unwrap()) };
+    front_end.done(Request::SetVringCall(file(&queue.events.call)));
+    for round in 0..3 {
+        front_end.done(Request::SetVringKick(file(&queue.events.kick)));
+        front_end.done(Request::SetVringCall(file(&queue.events.call)));
+        queue.echo(&memory, "started by its kick");
+        assert_eq!(front_end.stop(0), round + 1);
+    }
+}
+
+#[test]
+fn without_protocol_features_a_ring_is_enabled_from_the_start() {
+    let mut front_end = FrontEnd::connect();
+    front_end.negotiate(FEATURES & !Features::PROTOCOL_FEATURES);
+    let memory = DriverMemory::new();
+    memory.announce(&mut front_end);
+    let mut queue = Queue::new(0);
+    queue.set_up(&mut front_end, 0, queue.addresses(None));
+    let file = |event: &std::os::fd::OwnedFd| VringFile { index: 0, descriptor: Some(event.try_clone().unwrap()) };
+    front_end.done(Request::SetVringCall(file(&queue.events.call)));
+    front_end.done(Request::SetVringKick(file(&queue.events.kick)));
+    queue.echo(&memory, "never enabled");
+}
+
+#[test]
 fn a_kick_before_the_ring_is_ready_breaks_it_only() {
     let mut front_end = FrontEnd::negotiated();
     let memory = DriverMemory::new();
@@ -135,11 +168,8 @@ fn cve_2026_45782_a_head_in_flight_comes_no_second_time() {
 
 #[test]
 fn cve_2016_5403_no_more_requests_than_entries() {
-    let (front_end, memory, mut queue) = running();
-    queue.set_indices(&memory, 0);
-    for _ in 0..17 {
-        queue.offer(&memory, 0, DATA, DATA, 1);
-    }
+    let (front_end, memory, queue) = running();
+    memory.map.write_obj(17u16, GuestAddress(queue.available + 2)).unwrap();
     queue.kick();
     wait_for(&queue.events.error, "err");
     assert!(front_end.device.faults.lock().unwrap()[0].contains("more than 16 beyond"));
