@@ -4,6 +4,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing_subscriber::EnvFilter;
 use vvu_bridge::bridge;
 use vvu_bridge::cli::Options;
@@ -11,6 +12,7 @@ use vvu_bridge::log_limit::LimitedStderr;
 
 fn main() -> ExitCode {
     let options = Options::parse();
+    raise_descriptor_limit();
     if options.print_capabilities {
         let capabilities = serde_json::json!({ "type": options.class.capability_type(), "features": [] });
         return exit_code(writeln!(io::stdout(), "{capabilities:#}").map_err(Into::into));
@@ -18,6 +20,13 @@ fn main() -> ExitCode {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(LimitedStderr::default()).with_ansi(false).init();
     exit_code(bridge::run(options))
+}
+
+/// 509 memory regions and the eventfds of 64 queues are more descriptors than the usual soft limit allows. Where the hard limit
+/// is no higher, whoever set it meant it.
+fn raise_descriptor_limit() {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
 }
 
 fn exit_code(result: anyhow::Result<()>) -> ExitCode {

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use vvu_protocol::address::FileOffset;
 use vvu_protocol::features::ProtocolFeatures;
 use vvu_protocol::message::{FrontEndReply, LogArea};
-use vvu_protocol::window::{Area, Buffer, BufferError, FileId, Span, Tail};
+use vvu_protocol::window::{Area, Buffer, BufferError, Span, Tail};
 
 use super::SessionError;
 use super::device_state::Descriptor;
@@ -63,20 +63,17 @@ impl Relay<'_> {
         Ok(Answer::Reply(FrontEndReply::LogBase))
     }
 
+    /// Where a log goes, with the page for its end: the one that there is, if it is the same log, so that no bit is lost.
     fn prepare_log(&self, area: &LogArea, file: &Descriptor) -> Result<(Buffer, Option<Rc<LogTail>>), LogError> {
-        let (id, file_len) = file_identity(file)?;
+        let identity = file_identity(file)?;
         let mapped = self.appliance.window.mapped();
-        let buffer = Area::LOG.place((id, file_len), area.mmap_offset, area.size, mapped)?;
-        let tail = buffer.tail.map(|tail| self.log_tail(id, file, tail)).transpose()?;
-        Ok((buffer, tail))
-    }
-
-    /// The page for the end of a log: the one that there is, if it is the same log, so that no bit is lost.
-    fn log_tail(&self, id: FileId, file: &Descriptor, tail: Tail) -> Result<Rc<LogTail>, LogError> {
-        match &self.session.log_tail {
-            Some(known) if known.serves(id, &tail) => Ok(Rc::clone(known)),
-            _ => Ok(Rc::new(LogTail::new(file, id, tail)?)),
+        let buffer = Area::LOG.place(identity, area.mmap_offset, area.size, mapped)?;
+        let Some(tail) = buffer.tail else { return Ok((buffer, None)) };
+        if let Some(known) = self.session.log_tail.as_ref().filter(|known| known.serves(identity.0, &tail)) {
+            return Ok((buffer, Some(Rc::clone(known))));
         }
+        let buffer = Area::LOG.place_anew(identity, area.mmap_offset, area.size, mapped)?;
+        Ok((buffer, Some(Rc::new(LogTail::new(file, identity.0, tail)?))))
     }
 
     /// Moves what back-ends have set in the window's own page into the front-end's log.

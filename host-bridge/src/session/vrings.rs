@@ -85,7 +85,8 @@ impl Relay<'_> {
         for index in self.session.state.started() {
             match self.stop_vring(VringState { index, num: 0 }).await? {
                 Answer::Reply(FrontEndReply::VringState(state)) => self.session.state.drained(index, state.num),
-                _ => return Err(SessionError::Untold { request: "GET_VRING_BASE" }),
+                // The front-end has not asked for it, and is not to blame.
+                _ => return Err(unexpected_answer("GET_VRING_BASE")),
             }
         }
         Ok(())

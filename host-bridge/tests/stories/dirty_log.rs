@@ -145,6 +145,20 @@ async fn bits_in_the_last_page_arrive_in_time() {
     assert_eq!(byte(&log, 0x2030), 0b1000);
 }
 
+/// The same file again with another end of the log: the page for its end is another one, and the log moves with it.
+#[tokio::test]
+async fn a_log_that_grows_within_its_last_page_moves() {
+    let (mut scene, mut front_end) = connected().await;
+    let log = memory_file(0x1800);
+    let first = logs(&mut scene, &mut front_end, &log, 0x1400, 0).await;
+    let second = logs(&mut scene, &mut front_end, &log, 0x1800, 0).await;
+    assert_ne!(first, second);
+    assert_eq!(scene.vmm.driver_mappings().len(), 2);
+    pwrite(scene.vmm.file_at(second + 0x1000), &[1], 0x700).unwrap();
+    exchange(&mut front_end, &mut scene.agent, R::GetVringBase(STATE), A::VringState(STATE)).await;
+    assert_eq!(byte(&log, 0x1700), 1);
+}
+
 /// What was set before an appliance died is in the file with the next stop, and the next appliance has the same page.
 #[tokio::test]
 async fn bits_in_the_last_page_survive_the_appliance() {

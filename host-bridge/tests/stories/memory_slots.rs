@@ -2,6 +2,7 @@
 
 use std::os::fd::OwnedFd;
 
+use tokio::process::Command;
 use vvu_protocol::address::{FileOffset, GuestAddress, UserAddress};
 use vvu_protocol::control::Handle;
 use vvu_protocol::features::ProtocolFeatures;
@@ -10,7 +11,8 @@ use vvu_protocol::message::{FrontEndReply, FrontEndRequest};
 use vvu_protocol::window::{ALIGNMENT, MEMORY_OFFSET};
 
 use crate::scripted::front_end::{DriverMemory, FrontEnd, USER_BASE};
-use crate::scripted::{PROTOCOL, Scene, WINDOW_LEN, memory_file, told};
+use crate::scripted::process::{Bridge, UUID};
+use crate::scripted::{PROTOCOL, QUEUES, Scene, WINDOW_LEN, memory_file, told};
 
 use FrontEndReply as A;
 use FrontEndRequest as R;
@@ -139,6 +141,28 @@ async fn there_are_509_slots() {
         told(&mut front_end, &mut scene.agent, remove(slot(index))).await;
     }
     assert_eq!(scene.vmm.driver_mappings(), []);
+}
+
+/// Each region comes with a descriptor, and a soft limit of descriptors that is lower than that is no limit.
+#[tokio::test]
+async fn slots_are_not_limited_by_descriptors() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut command = Command::new("sh");
+    let program = env!("CARGO_BIN_EXE_vvu-bridge");
+    let options = format!("--uuid {UUID} --queues {QUEUES} --window {WINDOW_LEN}");
+    command.arg("-c").arg(format!(
+        "ulimit -S -n 128; exec {program} --socket-path {0}/front-end.sock --appliance-dir {0} {options}",
+        directory.path().display()
+    ));
+    let mut bridge = Bridge::spawn(directory, command);
+    bridge.notified("X_VVU_LISTENING=1").await;
+    let mut scene = Scene::around(bridge).await;
+    let mut front_end = scene.connect_front_end_with(PROTOCOL, WITH_SLOTS).await;
+    let file = memory_file(WINDOW_LEN);
+    for index in 0..200 {
+        let region = region(index * 2 * MIB, 4096, index * 0x2000);
+        told(&mut front_end, &mut scene.agent, add(region, &file)).await;
+    }
 }
 
 /// Regions that break a rule are refused before anything is done, and those before stay.

@@ -82,10 +82,35 @@ impl Area {
     /// [`BufferError`].
     pub fn place(
         &self,
+        file: (FileId, u64),
+        start: FileOffset,
+        size: u64,
+        mapped: &[Span],
+    ) -> Result<Buffer, BufferError> {
+        self.place_beside(file, start, size, mapped, mapped)
+    }
+
+    /// The same where nothing is mapped so far: the tail is another one than before.
+    ///
+    /// # Errors
+    /// [`BufferError`].
+    pub fn place_anew(
+        &self,
+        file: (FileId, u64),
+        start: FileOffset,
+        size: u64,
+        mapped: &[Span],
+    ) -> Result<Buffer, BufferError> {
+        self.place_beside(file, start, size, mapped, &[])
+    }
+
+    fn place_beside(
+        &self,
         (file, file_len): (FileId, u64),
         start: FileOffset,
         size: u64,
         mapped: &[Span],
+        reusable: &[Span],
     ) -> Result<Buffer, BufferError> {
         let beyond = BufferError::BeyondFile { start, size, file_len };
         let file_ends = file_len.min(i64::MAX.unsigned_abs());
@@ -96,7 +121,7 @@ impl Area {
         let first_page = start.0 - start.0 % PAGE_SIZE;
         let whole_end = end.next_multiple_of(PAGE_SIZE).min(file_len - file_len % PAGE_SIZE);
         let len = whole_end.saturating_sub(first_page);
-        let known = mapped
+        let known = reusable
             .iter()
             .find(|span| self.holds(span) && (span.file, span.file_offset.0, span.len) == (file, first_page, len));
         let place = match known {
@@ -141,6 +166,8 @@ mod tests {
         assert_eq!((first.offset, first.tail), (LOG_OFFSET, None));
         let mapped = [first.span.unwrap()];
         assert_eq!(place(FILE, half, 0, half, &mapped).unwrap(), first, "the same again");
+        let anew = Area::LOG.place_anew((FILE, half), FileOffset(0), half, &mapped).unwrap();
+        assert_eq!(anew.offset.0, LOG_OFFSET.0 + half);
         let second = place(OTHER, half, 0, half, &mapped).unwrap();
         assert_eq!(second.offset.0, LOG_OFFSET.0 + half);
         assert_eq!(place(OTHER, half, 0, half, &[second.span.unwrap()]).unwrap(), second);
