@@ -210,9 +210,9 @@ impl Port {
         if !resumes {
             return;
         }
-        for (id, range) in self.vmm.driver_files() {
-            let Some(file) = self.vmm.known_file(id) else { continue };
+        for (_, range) in self.vmm.driver_files() {
             let place = self.vmm.place(range.start, 1).expect("it is mapped");
+            let Some(file) = place.known else { continue };
             let mut copy = vec![0; usize::try_from(super::virtq::RINGS_END.min(file.len)).unwrap()];
             file.read(place.offset, &mut copy);
             node.write(range.start - NODE_OFFSET, &copy);

@@ -86,6 +86,8 @@ pub(crate) struct Vring {
     pub(crate) call: Option<Rc<OwnedFd>>,
     pub(crate) enabled: bool,
     in_flight: Vec<InFlight>,
+    /// A batch of them is on its way to the used ring.
+    completing: bool,
     tracker: Option<InflightQueue>,
 }
 
@@ -154,15 +156,16 @@ impl BackEnd {
     }
 
     pub(crate) fn die(&self) {
-        if !self.state.borrow().regions.is_empty() {
-            self.world.back_end_lost();
-        }
         self.let_go();
         self.death.notify_one();
     }
 
+    /// Forgets the connection. Requests in flight are left to whoever comes after.
     fn let_go(&self) {
-        self.state.replace(State::default());
+        let state = self.state.replace(State::default());
+        if state.vrings.iter().any(|vring| vring.in_flight() > 0 || vring.completing) {
+            self.world.executions_lost();
+        }
     }
 
     pub(crate) async fn death(&self) {
@@ -186,9 +189,7 @@ impl BackEnd {
         let window_offset = node_offset + NODE_OFFSET;
         let place = self.vmm.place(window_offset, len);
         let place = place.ok_or_else(|| self.fault(&format!("window offset {window_offset:#x}")))?;
-        let file = self.world.known_file(place.id);
-        let file =
-            file.ok_or_else(|| self.fault(&format!("window offset {window_offset:#x}, of a driver VM that is gone")))?;
+        let file = place.known.ok_or_else(|| self.fault(&format!("window offset {window_offset:#x} is no memory")))?;
         Ok((file, place.offset))
     }
 
@@ -503,6 +504,7 @@ impl BackEnd {
             let Some(place) = place else { break };
             batch.push(vring.in_flight.remove(place));
         }
+        vring.completing = true;
         batch
     }
 
@@ -527,6 +529,7 @@ impl BackEnd {
         file.store(offset, used.to_le());
         self.world.hesitate().await;
         self.track(index, |tracker| tracker.end_batch(used));
+        self.state.borrow_mut().vrings[index].completing = false;
         self.world.hesitate().await;
         let call = self.state.borrow().vrings[index].call.clone();
         if let Some(call) = call {

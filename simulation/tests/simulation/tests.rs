@@ -61,6 +61,9 @@ fn random_schedules() {
     let mut coverage = Coverage::default();
     while count < given.unwrap_or(SCHEDULES) && (given.is_some() || start.elapsed() < TIME) {
         let seed = first + count;
+        if given.is_some() && count % 100 == 99 {
+            println!("{} schedules", count + 1);
+        }
         let played = check(seed, 5 + seed % ACTIONS, &[]);
         (count, actions, requests) = (count + 1, actions + played.actions, requests + played.requests);
         coverage.add(played.coverage);

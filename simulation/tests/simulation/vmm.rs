@@ -8,9 +8,11 @@
 use std::cell::{Cell, RefCell};
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use std::time::Duration;
 
 use tokio::sync::{Mutex, Notify};
-use tokio::task::{AbortHandle, spawn_local, yield_now};
+use tokio::task::{AbortHandle, spawn_local};
+use tokio::time::sleep;
 use vvu_protocol::address::{FileOffset, GuestAddress, UserAddress};
 use vvu_protocol::control::{CONFIG_LEN, CONFIG_STATUS_OFFSET, Status};
 use vvu_protocol::memory::MemoryRegion;
@@ -34,12 +36,17 @@ const WINDOW_BAR: u64 = 0x38_0000_0000;
 /// How far user addresses of the VMM's process are from guest-physical ones.
 const USER: u64 = 0x7e00_0000_0000;
 
+/// A turn of QEMU's main loop.
+const TURN: Duration = Duration::from_micros(100);
+
 /// A mapping in the window.
 #[derive(Debug)]
 pub(crate) struct Mapping {
     pub(crate) map: ShmemMap,
     pub(crate) file: OwnedFd,
     pub(crate) id: FileId,
+    /// What is mapped lives on, whoever has made it.
+    known: Option<Rc<MappedFile>>,
 }
 
 /// Where something of the window lies: in which file, and where there.
@@ -47,6 +54,8 @@ pub(crate) struct Mapping {
 pub(crate) struct Place {
     pub(crate) file: OwnedFd,
     pub(crate) id: FileId,
+    /// The same file, if it is one of a simulated part.
+    pub(crate) known: Option<Rc<MappedFile>>,
     pub(crate) offset: u64,
 }
 
@@ -67,6 +76,8 @@ pub(crate) struct Vmm {
     pub(crate) interrupt: Notify,
     /// A reset is under way: what the bridge has sent before it knew is still to come.
     resetting: Cell<bool>,
+    /// A message for the control device is being dealt with.
+    busy: Cell<bool>,
     /// The bridge has closed a socket.
     pub(crate) abandoned: Cell<bool>,
     pub(crate) abandonment: Notify,
@@ -107,6 +118,7 @@ impl Vmm {
             changed: Cell::new(false),
             interrupt: Notify::new(),
             resetting: Cell::new(false),
+            busy: Cell::new(false),
             abandoned: Cell::new(false),
             abandonment: Notify::new(),
             tasks: RefCell::default(),
@@ -208,8 +220,10 @@ impl Vmm {
             self.mappings.borrow_mut().clear();
         }
         // The back channels' tasks read what is there.
-        for _ in 0..8 {
-            yield_now().await;
+        let mut idle = 0;
+        while idle < 8 && !self.abandoned.get() {
+            sleep(TURN).await;
+            idle = if self.busy.get() { 0 } else { idle + 1 };
         }
         self.resetting.set(false);
         Ok(())
@@ -228,7 +242,8 @@ impl Vmm {
         let overlap = mappings.iter().find(ours);
         assert!(overlap.is_none(), "{map:?} overlaps {:?}", overlap.map(|other| other.map));
         let id = identity(&file);
-        mappings.push(Mapping { map, file, id });
+        let known = self.world.known_file(id);
+        mappings.push(Mapping { map, file, id, known });
     }
 
     fn unmap(&self, map: &ShmemMap) {
@@ -241,15 +256,11 @@ impl Vmm {
     /// What lies at these bytes of the window, if all of them are mapped.
     pub(crate) fn place(&self, window_offset: u64, len: u64) -> Option<Place> {
         let mappings = self.mappings.borrow();
-        let Mapping { map, file, id } = mappings.iter().find(|Mapping { map, .. }| {
+        let Mapping { map, file, id, known } = mappings.iter().find(|Mapping { map, .. }| {
             map.region_offset <= window_offset && window_offset + len <= map.region_offset + map.len
         })?;
         let offset = map.file_offset.0 + (window_offset - map.region_offset);
-        Some(Place { file: file.try_clone().unwrap(), id: *id, offset })
-    }
-
-    pub(crate) fn known_file(&self, id: FileId) -> Option<Rc<MappedFile>> {
-        self.world.known_file(id)
+        Some(Place { file: file.try_clone().unwrap(), id: *id, known: known.clone(), offset })
     }
 
     /// Files in the window's area for driver memory, with the bytes of the window that each mapping takes.
@@ -308,8 +319,10 @@ async fn serve_control(vmm: std::rc::Weak<Vmm>, mut back_channel: MessageSocket)
             assert!(vmm.resetting.get(), "{} at a device that is stopped", request.name());
             continue;
         }
+        vmm.busy.set(true);
         vmm.world.hesitate().await;
         vmm.refresh_config().await;
+        vmm.busy.set(false);
         vmm.changed.set(true);
         vmm.interrupt.notify_one();
     }

@@ -52,7 +52,7 @@ pub(crate) struct World {
     eventfds: RefCell<BTreeMap<u64, u32>>,
     /// How often each request was executed by a back-end.
     executions: RefCell<BTreeMap<u64, u32>>,
-    /// Back-ends that were lost while they had something of a driver.
+    /// How often requests that had been taken from a ring were left to somebody else.
     losses: Cell<u64>,
 }
 
@@ -171,7 +171,7 @@ impl World {
         self.executions.borrow().get(&id).copied().unwrap_or(0)
     }
 
-    pub(crate) fn back_end_lost(&self) {
+    pub(crate) fn executions_lost(&self) {
         self.losses.set(self.losses.get() + 1);
     }
 
