@@ -219,6 +219,7 @@ impl Bridge {
             }
         };
         let cleared = alongside(sets, turned_away, &Notify::new(), cleared).await?;
+        sets.found_ready(number);
         Ok(outcome(Event::Cleared, number, cleared))
     }
 

@@ -182,6 +182,13 @@ impl DeviceSets {
         ended.or_else(|| self.complete_mut().find_map(Complete::take))
     }
 
+    /// Somebody has found by itself that an appliance can be used. If that is no longer so, it is said next.
+    pub fn found_ready(&mut self, number: u32) {
+        if let Some(set) = self.complete_mut().find(|set| set.number == number) {
+            set.said_ready = true;
+        }
+    }
+
     /// Lets an appliance clear its session away and then end. One that retires already ends at once.
     pub fn retire(&mut self, appliance: Appliance) {
         for earlier in self.complete_mut().filter(|set| set.retires && !set.over) {

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use tokio::io::AsyncReadExt;
 use tokio::process::{Child, ChildStdout, Command};
 use vvu_protocol::control::Status;
+use vvu_protocol::doorbell::Vector;
 use vvu_protocol::message::{ConfigSpace, FrontEndReply, FrontEndRequest, VringState};
 use vvu_socket::event;
 
@@ -240,8 +241,16 @@ async fn a_device_set_is_complete_in_time() {
 #[tokio::test]
 async fn a_device_set_belongs_to_one_process() {
     let bridge = Bridge::start().await;
-    let _stranger = Stranger::connect(&bridge, "doorbell.sock").await;
+    let stranger = Stranger::connect(&bridge, "doorbell.sock").await;
     let mut scene = Scene::around(bridge).await;
+    let mut front_end = scene.connect_front_end().await;
+    let kick = event::create().unwrap();
+    told(&mut front_end, &mut scene.agent, R::SetVringKick(vring_file(0, Some(&kick)))).await;
+    event::signal(&kick).unwrap();
+    scene.vmm.doorbell.rings(Vector(0)).await;
+    drop(stranger);
+    scene.bridge.says(&["gone before it was there", "doorbell"]).await;
+    scene.end_session(front_end).await;
     scene.proves_alive().await;
 }
 

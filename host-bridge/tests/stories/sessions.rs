@@ -2,12 +2,14 @@
 
 use std::time::{Duration, Instant};
 
+use tokio::sync::oneshot;
 use vvu_protocol::control::{Channel, Frame, Status};
 use vvu_protocol::doorbell::{PeerId, Vector};
 use vvu_protocol::message::{BackEndReply, BackEndRequest, FrontEndReply, FrontEndRequest, RawMessage};
 use vvu_socket::event;
 
 use crate::scripted::front_end::{DriverMemory, vring_file};
+use crate::scripted::vmm::Verdict;
 use crate::scripted::{Scene, exchange, told};
 
 use FrontEndRequest as R;
@@ -42,6 +44,30 @@ async fn a_session_is_cleared_away_before_the_next_begins() {
     assert_eq!(scene.agent.request().await, R::GetFeatures);
     scene.agent.answer(FrontEndReply::Number(0)).await;
     second.reply(GET_FEATURES).await;
+}
+
+/// The back-end is up again after a session, and gone while driver memory is unmapped: the next front-end waits.
+#[tokio::test]
+async fn a_back_end_may_go_while_memory_is_unmapped() {
+    let (mut scene, mut first) = Scene::connected().await;
+    told(&mut first, &mut scene.agent, DriverMemory::new(8 << 20).whole()).await;
+    let (release, held) = oneshot::channel();
+    scene.vmm.decides(Verdict::Hold(held));
+    drop(first);
+    scene.agent.sees_end().await;
+    scene.agent.set_status(Status::BACK_END_UP).await;
+    scene.vmm.asked("SHMEM_UNMAP").await;
+    scene.agent.set_status(Status::empty()).await;
+    let second = scene.new_front_end();
+    release.send(()).unwrap();
+    scene.bridge.says(&["event=Cleared"]).await;
+    scene.vmm.fence().await;
+    assert_eq!(scene.agent.config().await.status, Status::empty(), "a front-end was taken on without a back-end");
+    scene.agent.set_status(Status::BACK_END_UP).await;
+    scene.agent.sees_front_end().await;
+    scene.bridge.notified("STATUS=front-end connected").await;
+    scene.end_session(second).await;
+    scene.proves_alive().await;
 }
 
 /// While one front-end has the device, others are turned away, and the one does not notice.
