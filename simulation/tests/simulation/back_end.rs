@@ -189,8 +189,7 @@ impl BackEnd {
         let window_offset = node_offset + NODE_OFFSET;
         let place = self.vmm.place(window_offset, len);
         let place = place.ok_or_else(|| self.fault(&format!("window offset {window_offset:#x}")))?;
-        let file = place.known.ok_or_else(|| self.fault(&format!("window offset {window_offset:#x} is no memory")))?;
-        Ok((file, place.offset))
+        Ok((place.memory, place.offset))
     }
 
     fn at_guest(&self, address: u64, len: u64) -> Result<(Rc<MappedFile>, u64), Dead> {

@@ -33,7 +33,12 @@ pub(crate) struct MappedFile {
 
 impl MappedFile {
     pub(crate) fn new(len: u64) -> Self {
-        let file = sealed(len);
+        Self::adopt(sealed(len))
+    }
+
+    /// A file that somebody else has made.
+    pub(crate) fn adopt(file: OwnedFd) -> Self {
+        let len = fstat(&file).unwrap().st_size.unsigned_abs();
         let backing = FileOffset::new(File::from(file.try_clone().unwrap()), 0);
         let map = MmapRegion::from_file(backing, usize::try_from(len).unwrap()).unwrap();
         Self { id: identity(&file), file, len, map }

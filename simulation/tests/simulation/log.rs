@@ -73,6 +73,9 @@ pub(crate) fn lines() -> Vec<String> {
 pub(crate) fn note(text: &str) {
     JOURNAL.with_borrow_mut(|journal| {
         let time = journal.start.map(|start| start.elapsed()).unwrap_or_default();
+        if journal.failure.is_some() {
+            return;
+        }
         if journal.lines.len() == LINES_MAX {
             journal.lines.pop_front();
         }

@@ -21,6 +21,9 @@ use super::{checks, log};
 /// How long everything may take to come to rest.
 const REST: Duration = Duration::from_secs(600);
 
+/// Milliseconds that a change is waited for.
+const CHANGE: u32 = 4000;
+
 /// Appliances that live at the same time, at most.
 const APPLIANCES_MAX: usize = 3;
 
@@ -45,6 +48,7 @@ pub(crate) enum Action {
     Vanish,
     Intrude,
     Yield,
+    Change,
     Moment,
     Seconds,
 }
@@ -61,6 +65,7 @@ impl Action {
             Self::Vanish => "kill the front-end",
             Self::Intrude => "connect a second front-end",
             Self::Yield => "yield",
+            Self::Change => "until the bridge's life changes",
             Self::Moment => "a moment",
             Self::Seconds => "seconds",
         }
@@ -84,7 +89,7 @@ fn mixture(world: &World) -> Vec<Action> {
         let count = if world.random.percent(50) { world.random.below(most + 1) } else { 0 };
         mixture.extend(vec![action; count]);
     }
-    for pace in [Action::Yield, Action::Moment, Action::Seconds] {
+    for pace in [Action::Yield, Action::Change, Action::Moment, Action::Seconds] {
         mixture.extend(vec![pace; world.random.below(6)]);
     }
     mixture
@@ -209,8 +214,23 @@ impl Player {
                     yield_now().await;
                 }
             }
+            Action::Change => self.change().await,
             Action::Moment => sleep(self.world.random.time(Duration::from_millis(20))).await,
             Action::Seconds => sleep(self.world.random.time(Duration::from_secs(20))).await,
+        }
+    }
+
+    /// Until the bridge's life changes, so that what comes next hits a state that lasts for no more than a moment.
+    async fn change(&self) {
+        let before = log::life().1;
+        for _ in 0..CHANGE {
+            for _ in 0..8 {
+                yield_now().await;
+                if log::life().1 != before {
+                    return;
+                }
+            }
+            sleep(Duration::from_millis(1)).await;
         }
     }
 

@@ -46,7 +46,7 @@ pub(crate) struct Mapping {
     pub(crate) file: OwnedFd,
     pub(crate) id: FileId,
     /// What is mapped lives on, whoever has made it.
-    known: Option<Rc<MappedFile>>,
+    known: Rc<MappedFile>,
 }
 
 /// Where something of the window lies: in which file, and where there.
@@ -54,8 +54,8 @@ pub(crate) struct Mapping {
 pub(crate) struct Place {
     pub(crate) file: OwnedFd,
     pub(crate) id: FileId,
-    /// The same file, if it is one of a simulated part.
-    pub(crate) known: Option<Rc<MappedFile>>,
+    /// The same file, mapped.
+    pub(crate) memory: Rc<MappedFile>,
     pub(crate) offset: u64,
 }
 
@@ -242,7 +242,7 @@ impl Vmm {
         let overlap = mappings.iter().find(ours);
         assert!(overlap.is_none(), "{map:?} overlaps {:?}", overlap.map(|other| other.map));
         let id = identity(&file);
-        let known = self.world.known_file(id);
+        let known = self.world.known_file(id).unwrap_or_else(|| Rc::new(MappedFile::adopt(file.try_clone().unwrap())));
         mappings.push(Mapping { map, file, id, known });
     }
 
@@ -260,7 +260,7 @@ impl Vmm {
             map.region_offset <= window_offset && window_offset + len <= map.region_offset + map.len
         })?;
         let offset = map.file_offset.0 + (window_offset - map.region_offset);
-        Some(Place { file: file.try_clone().unwrap(), id: *id, known: known.clone(), offset })
+        Some(Place { file: file.try_clone().unwrap(), id: *id, memory: Rc::clone(known), offset })
     }
 
     /// Files in the window's area for driver memory, with the bytes of the window that each mapping takes.
