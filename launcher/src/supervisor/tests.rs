@@ -214,6 +214,7 @@ fn a_dead_bridge_takes_its_appliances_along_and_both_come_back() {
     assert_eq!(killed, [&Action::Kill(ApplianceId(1)), &Action::Kill(ApplianceId(2))]);
     assert!(actions.contains(&Action::Answer(Err(BRIDGE_KILLED.to_owned()))), "{actions:?}");
     assert_eq!(losses(&actions), [("bridge", BRIDGE_KILLED.to_owned(), true)]);
+    assert_eq!(story.supervisor.deadline(), None, "nothing more is done to what is killed");
     assert_eq!(story.appliance_dies(1, KILLED), []);
     assert_eq!(story.appliance_dies(2, KILLED), [Action::StartBridge], "only once all are gone");
     assert_eq!(story.handle(Input::Listening), [Action::StartAppliance(ApplianceId(3))]);
