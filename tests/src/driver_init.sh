@@ -9,14 +9,21 @@ mkdir -p /dev/shm
 mount -t tmpfs tmpfs /dev/shm
 while read -r module; do insmod "/lib/modules/$module"; done < /etc/modules.list
 
-stty -F /dev/ttyS1 raw -echo
-exec < /dev/ttyS1 > /dev/ttyS1
-echo
-echo "vvu-driver-ready $(cat /proc/sys/kernel/random/boot_id)"
-while read -r token command; do
-    echo "<<<$token"
-    (eval "$command") < /dev/null 2>&1
-    status=$?
+serve() {
+    stty -F /dev/ttyS1 raw -echo
+    exec < /dev/ttyS1 > /dev/ttyS1
     echo
-    echo ">>>$token $status"
-done
+    echo "vvu-driver-ready $(cat /proc/sys/kernel/random/boot_id)"
+    while read -r token command; do
+        echo "<<<$token"
+        (eval "$command") < /dev/null 2>&1
+        status=$?
+        echo
+        echo ">>>$token $status"
+    done
+}
+
+# Not PID 1 itself: that gets a signal whenever a process ends that was left behind, and busybox's read then forgets the part
+# of a line that it has read.
+serve &
+wait

@@ -164,8 +164,9 @@ impl DriverVm {
     pub fn finish(&mut self, running: Running, patience: Duration) -> Result<(i32, String)> {
         let (begin, end) = (format!("<<<{}", running.token), format!(">>>{} ", running.token));
         let deadline = Instant::now() + patience;
-        let awaited = format!("end of `{}` ({patience:.0?})", running.command);
-        while self.shell_line(deadline, &awaited)? != begin {}
+        let awaited = |what| format!("{what} of `{}` ({patience:.0?})", running.command);
+        let (start, awaited) = (awaited("start"), awaited("end"));
+        while self.shell_line(deadline, &start)? != begin {}
         let mut output = String::new();
         loop {
             let line = self.shell_line(deadline, &awaited)?;

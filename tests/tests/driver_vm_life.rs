@@ -7,7 +7,9 @@ use serde_json::{Value, json};
 use vvu_tests::backend::{Backend, Served, ServedImage};
 use vvu_tests::driver_vm::{Disk, DriverVm, DriverVmPlan, MEMORY_PORT, PLUGGED_MEMORY_NODE};
 use vvu_tests::image_file::create;
+use vvu_tests::loss::{self, Loss};
 use vvu_tests::testbed::{Testbed, machine_test};
+use vvu_tests::vvu_run::VvuRun;
 use vvu_tests::witness::{Load, Witness, check_kernel_log};
 
 const MIB: u64 = 1 << 20;
@@ -98,4 +100,104 @@ fn use_plugged_memory(vm: &mut DriverVm, witness: &Witness) -> Result<()> {
          --bs=64k --iodepth=32 --numa_mem_policy=bind:{PLUGGED_MEMORY_NODE} --verify=crc32c --verify_fatal=1"
     ))?;
     check_kernel_log(vm)
+}
+
+/// Path: a driver VM whose disk is behind a vIOMMU: each request's addresses are translated by what the bridge carries from
+/// QEMU (IOTLB messages), page by page and gone after the request; first with a load, then after a reboot, and after the
+/// back-end was lost and had to ask for every translation again.
+#[test]
+fn a_disk_behind_an_iommu_translates_each_request() -> Result<()> {
+    machine_test("a_disk_behind_an_iommu_translates_each_request", |testbed| {
+        let image = image(testbed, "disk", 64 * MIB)?;
+        let mut run = VvuRun::start_with(testbed, "disk", &ServedImage::writable(&image), &loss::OPTIONS)?;
+        let mut witness = Witness::new(testbed, "witness", 6, Load::default())?;
+        let disk = Disk::at(run.socket()).behind_iommu();
+        let mut vm = DriverVmPlan::new(testbed, "driver").disk(disk).iommu().ledger(witness.ledger()).boot()?;
+        let group = vm.run("readlink -f /sys/block/vda/device/../iommu_group")?;
+        ensure!(group.contains("/iommu_groups/"), "the disk is behind no IOMMU: {group}");
+        witness.start(&mut vm, "/dev/vda")?;
+        witness.await_turnover(&mut vm)?;
+        let pause = witness.pause_of(&mut vm, || {
+            Loss::BackEnd.strike(&mut run)?;
+            Loss::BackEnd.await_repair(&mut run)
+        })?;
+        eprintln!("back-end killed: {pause:.0?}");
+        witness.stop(&mut vm)?;
+        vm.reboot()?;
+        witness.start(&mut vm, "/dev/vda")?;
+        witness.await_turnover(&mut vm)?;
+        witness.stop(&mut vm)?;
+        vm.power_off()?;
+        witness.verify_image(&image)?;
+        run.stop().map(drop)
+    })
+}
+
+/// Path: `vvu resize` through bridge, appliance and the back channel to the driver's block layer, under load; larger, and
+/// with the consent of the operator smaller; the size stays when the appliance is lost.
+#[test]
+fn a_disk_changes_its_size_under_load() -> Result<()> {
+    machine_test("a_disk_changes_its_size_under_load", |testbed| {
+        let image = image(testbed, "disk", 32 * MIB)?;
+        let mut run = VvuRun::start_with(testbed, "disk", &ServedImage::writable(&image), &loss::OPTIONS)?;
+        let mut witness = Witness::new(testbed, "witness", 7, Load::default())?;
+        let plan = DriverVmPlan::new(testbed, "driver").disk(Disk::at(run.socket()));
+        let mut vm = plan.ledger(witness.ledger()).boot()?;
+        witness.start(&mut vm, "/dev/vda")?;
+        for len in [64 * MIB, 64 * MIB + 512] {
+            run.resize(len)?;
+            await_disk_len(&mut vm, len)?;
+            witness.await_turnover(&mut vm)?;
+        }
+        let last = 64 * MIB / 512;
+        vm.run(&format!("dd if=/dev/zero of=/dev/vda bs=512 seek={last} count=1 oflag=direct"))?;
+        vm.run_refused(&format!("dd if=/dev/zero of=/dev/vda bs=512 seek={} count=1 oflag=direct", last + 1))?;
+
+        witness.pause_of(&mut vm, || {
+            Loss::Appliance.strike(&mut run)?;
+            Loss::Appliance.await_repair(&mut run)
+        })?;
+        await_disk_len(&mut vm, 64 * MIB + 512)?;
+        witness.stop(&mut vm)?;
+        vm.power_off()?;
+        run.stop()?;
+        ensure!(image.metadata()?.len() == 64 * MIB + 512, "the image has another length");
+        witness.verify_image(&image)
+    })
+}
+
+/// Waits until the driver VM's disk has this length.
+fn await_disk_len(vm: &mut DriverVm, len: u64) -> Result<()> {
+    vm.run(&format!("until [ $(cat /sys/block/vda/size) = {} ]; do sleep 0.1; done", len / 512)).map(drop)
+}
+
+/// Path: the machine's own ways to begin again under load: its kernel's reboot, its reset button, and the end of its VMM
+/// without a word; each time the host finds in the image what was acknowledged, and the next boot goes on with it.
+#[test]
+fn a_driver_vm_begins_again_under_load() -> Result<()> {
+    machine_test("a_driver_vm_begins_again_under_load", |testbed| {
+        let (served, image) = serve(testbed, "disk", 16 * MIB)?;
+        let mut witness = Witness::new(testbed, "witness", 8, Load { writers: 32, ..Load::default() })?;
+        let boot = |witness: &Witness| {
+            let plan = DriverVmPlan::new(testbed, "driver").disk(Disk::at(served.socket()));
+            plan.ledger(witness.ledger()).boot()
+        };
+        let mut vm = boot(&witness)?;
+        for again in [DriverVm::reboot, DriverVm::reset] {
+            witness.start(&mut vm, "/dev/vda")?;
+            witness.await_turnover(&mut vm)?;
+            again(&mut vm)?;
+            witness.verify_image(&image)?;
+        }
+        witness.start(&mut vm, "/dev/vda")?;
+        witness.await_turnover(&mut vm)?;
+        vm.kill()?;
+        let mut vm = boot(&witness)?;
+        witness.verify_image(&image)?;
+        witness.start(&mut vm, "/dev/vda")?;
+        witness.await_turnover(&mut vm)?;
+        witness.stop(&mut vm)?;
+        vm.power_off()?;
+        served.stop()
+    })
 }

@@ -45,10 +45,17 @@ impl Disk {
         self
     }
 
-    /// Sets a further property of QEMU's device, as `name=value`.
+    /// Has the driver's addresses translated by the machine's vIOMMU (`DriverVmPlan::iommu`).
     #[must_use]
-    pub fn property(mut self, property: &'static str) -> Self {
-        self.properties.push(property);
+    pub fn behind_iommu(mut self) -> Self {
+        self.properties.extend(["disable-legacy=on", "iommu_platform=on", "ats=on"]);
+        self
+    }
+
+    /// Has requests in flight migrate with the machine, instead of being waited for when it stops.
+    #[must_use]
+    pub fn migrating_in_flight(mut self) -> Self {
+        self.properties.extend(["inflight-migration=on", "skip-get-vring-base-on-force-shutdown=on"]);
         self
     }
 
