@@ -451,10 +451,7 @@ impl FrontEnd {
         };
         assert_eq!(stopped.index, index);
         let base = u16::try_from(stopped.num).unwrap();
-        let events = [
-            self.masks[place].as_ref().map(|mask| event::take(mask)),
-            Some(event::take(&*self.interrupts[place].event)),
-        ];
+        let events = [self.masks[place].as_ref().map(event::take), Some(event::take(&*self.interrupts[place].event))];
         assert!(events.iter().flatten().all(Result::is_ok));
         self.masks[place] = None;
         self.interrupts[place].quiet.set(Some(checks::moment(&self.world)));

@@ -104,13 +104,16 @@ struct Client {
     task: JoinHandle<()>,
 }
 
+/// A machine, what its front-end was, and the buffer of its requests in flight, if it had one.
+type Abandoned = (Rc<Machine>, Profile, Option<(Inflight, OwnedFd)>);
+
 struct Player {
     world: Rc<World>,
     connecting: Rc<tokio::sync::Mutex<()>>,
     appliances: u32,
     client: Option<Client>,
     /// A machine whose front-end is gone, and which another one may serve.
-    abandoned: Option<(Rc<Machine>, Profile, Option<(Inflight, OwnedFd)>)>,
+    abandoned: Option<Abandoned>,
     coverage: Coverage,
     bridge: JoinHandle<anyhow::Result<()>>,
 }
