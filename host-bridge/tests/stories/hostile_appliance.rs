@@ -236,11 +236,15 @@ async fn memory_that_can_shrink_is_refused() {
     bridge.drops(1, "memory-backend-memfd,seal=on").await;
 }
 
-/// The VMM closes one of its three sockets.
+/// The VMM closes one of its three sockets, with a request under way or without.
 #[tokio::test]
 async fn an_appliance_that_goes_away_is_dropped() {
-    for device in ["control", "window", "doorbell"] {
+    for (device, is_busy) in ["control", "window", "doorbell"].into_iter().flat_map(|it| [(it, false), (it, true)]) {
         let (mut scene, front_end) = Scene::connected().await;
+        if is_busy {
+            front_end.send(R::SetOwner, true).await;
+            scene.agent.request().await;
+        }
         match device {
             "control" => scene.vmm.control.close(),
             "window" => scene.vmm.window.close(),
