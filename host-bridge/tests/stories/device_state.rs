@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 
+use tokio::sync::oneshot;
 use vvu_protocol::control::Handle;
 use vvu_protocol::features::ProtocolFeatures;
 use vvu_protocol::message::{
@@ -12,7 +13,7 @@ use vvu_protocol::message::{
 use vvu_protocol::state::StateMessage;
 
 use crate::scripted::front_end::FrontEnd;
-use crate::scripted::{PROTOCOL, Scene, exchange, memory_file, told};
+use crate::scripted::{PROTOCOL, Scene, exchange, memory_file, told, within};
 
 use FrontEndReply as A;
 use FrontEndRequest as R;
@@ -47,6 +48,18 @@ async fn check(front_end: &mut FrontEnd) -> u64 {
     }
 }
 
+/// Reads a stream to its end, in a thread of its own.
+fn read_to_end(read: OwnedFd) -> oneshot::Receiver<Vec<u8>> {
+    let (sender, receiver) = oneshot::channel();
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        File::from(read).read_to_end(&mut bytes).unwrap();
+        // Nobody waits any more if the test has failed.
+        let _ = sender.send(bytes);
+    });
+    receiver
+}
+
 fn some_bytes(len: usize) -> Vec<u8> {
     (0..len).map(|index| u8::try_from(index % 251).unwrap()).collect()
 }
@@ -58,16 +71,14 @@ async fn state_is_saved() {
         let (mut scene, mut front_end) = connected().await;
         let (read, write) = rustix::pipe::pipe().unwrap();
         begins(&mut scene, &mut front_end, StateDirection::Save, write).await;
-        let reader = std::thread::spawn(move || {
-            let mut bytes = Vec::new();
-            File::from(read).read_to_end(&mut bytes).map(|_| bytes)
-        });
+        let saved = read_to_end(read);
         let state = some_bytes(300_000);
         for part in state.chunks(MAX_PAYLOAD_LEN).chain([&[][..]]) {
             scene.agent.sends_state(Part(part.to_vec())).await;
             assert_eq!(scene.agent.state().await, Answer(0));
         }
-        assert!(reader.join().unwrap().unwrap() == state, "the state has changed on its way");
+        let saved = within("the end of the state", saved).await.unwrap();
+        assert!(saved == state, "the state has changed on its way");
         front_end.send(R::CheckDeviceState, false).await;
         assert_eq!(scene.agent.request().await, R::CheckDeviceState);
         scene.agent.answer(A::Number(answer)).await;
@@ -193,8 +204,7 @@ async fn a_transfer_does_not_outlive_the_back_end() {
         }
         scene.back_end_restarts().await;
         scene.replay(&front_end).await;
-        let mut bytes = Vec::new();
-        File::from(read).read_to_end(&mut bytes).unwrap();
+        within("the end of the state", read_to_end(read)).await.unwrap();
         front_end.send(R::CheckDeviceState, false).await;
         assert_ne!(check(&mut front_end).await, 0);
         assert!(!scene.agent.has_frame(), "the back-end was asked");
