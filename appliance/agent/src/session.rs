@@ -17,8 +17,9 @@
 //! ```
 //!
 //! *Down* lasts until nothing of the session before is left in the back-end. *Ready* holds a connection to the back-end on
-//! which nothing but GET_FEATURES was said. *Orphaned* lasts until the device has taken note; the next back-end is made ready
-//! meanwhile, since a driver VM is waiting for it.
+//! which nothing but GET_FEATURES was said; *down* follows at once if a front-end has come and gone between two looks.
+//! *Orphaned* lasts until the device has taken note; the next back-end is made ready meanwhile, since a driver VM is waiting
+//! for it.
 //!
 //! *Connected*, four tasks run beside each other, and end together:
 //!

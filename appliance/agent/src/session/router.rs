@@ -5,7 +5,7 @@ use std::future;
 
 use tokio::sync::mpsc;
 use tracing::debug;
-use vvu_protocol::control::{Channel, Frame, Handle};
+use vvu_protocol::control::{Channel, Frame, Handle, Status};
 use vvu_protocol::message::RawMessage;
 
 use super::end::End;
@@ -160,6 +160,10 @@ impl<'a, P: ControlPort> Router<'a, P> {
         let config = self.port.config()?;
         match (self.state.state(), connected_session(&config)) {
             (State::Ready, Some(session)) => self.state.set(State::Connected { session }),
+            // It came and went between two looks: the device has cleared both bits and waits.
+            (State::Ready, None) if !config.status.contains(Status::BACK_END_UP) => {
+                return Err(End::FrontEndGone.into());
+            }
             (State::Connected { session }, now) if now != Some(session) => return Err(End::FrontEndGone.into()),
             _ => {}
         }

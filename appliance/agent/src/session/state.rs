@@ -24,7 +24,7 @@ impl State {
         matches!(
             (self, next),
             (Self::Down, Self::Ready)
-                | (Self::Ready, Self::Connected { .. } | Self::Orphaned)
+                | (Self::Ready, Self::Connected { .. } | Self::Orphaned | Self::Down)
                 | (Self::Connected { .. }, Self::Orphaned | Self::Down)
                 | (Self::Orphaned, Self::Down)
         )
