@@ -9,14 +9,29 @@
 //! | `X_VVU_APPLIANCE_LOST=n` | appliance n was dropped, whether it has failed or retired; nothing of it is used any more |
 //! | `READY=1` | a front-end can be served, the first time |
 //! | `STATUS=text` | the state in words |
+//!
+//! The bridge never waits for the listener: what it has to say goes to a task of its own. A listener that does not listen for
+//! [`BACKLOG`] messages loses what comes then.
 
+use std::env;
+use std::ffi::OsStr;
+use std::io;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram as BlockingDatagram};
 use std::time::Duration;
 
-use sd_notify::NotifyState;
+use tokio::net::UnixDatagram;
+use tokio::sync::mpsc;
 
-/// Says each thing when it changes.
+/// Messages that wait for the listener.
+const BACKLOG: usize = 256;
+
+/// Says each thing when it changes. Needs a tokio `LocalSet`.
 #[derive(Debug)]
 pub(crate) struct Announcer {
+    /// To the task that sends; `None` without a listener.
+    messages: Option<mpsc::Sender<String>>,
     ready: bool,
     active: Option<u32>,
     status: &'static str,
@@ -26,8 +41,9 @@ pub(crate) struct Announcer {
 impl Announcer {
     /// All sockets are there.
     pub(crate) fn listening(status: &'static str) -> Self {
-        notify(&[NotifyState::Custom("X_VVU_LISTENING=1"), NotifyState::Status(status)]);
-        Self { ready: false, active: None, status, pause: None }
+        let announcer = Self { messages: start_sending(), ready: false, active: None, status, pause: None };
+        announcer.say(format!("X_VVU_LISTENING=1\nSTATUS={status}"));
+        announcer
     }
 
     /// A front-end has a back-end again, after this time. It is said with the number of the appliance.
@@ -46,20 +62,19 @@ impl Announcer {
         match pause {
             Some(pause) => {
                 tracing::info!(appliance = number, pause_us = pause.as_micros(), "front-end moved");
-                let pause = format!("X_VVU_PAUSE_US={}", pause.as_micros());
-                notify(&[NotifyState::Custom(&active), NotifyState::Custom(&pause)]);
+                self.say(format!("{active}\nX_VVU_PAUSE_US={}", pause.as_micros()));
             }
-            None => notify(&[NotifyState::Custom(&active)]),
+            None => self.say(active),
         }
         if !self.ready {
             self.ready = true;
-            notify(&[NotifyState::Ready]);
+            self.say("READY=1".to_owned());
         }
     }
 
     /// Appliance `number` was dropped.
     pub(crate) fn lost(&self, number: u32) {
-        notify(&[NotifyState::Custom(&format!("X_VVU_APPLIANCE_LOST={number}"))]);
+        self.say(format!("X_VVU_APPLIANCE_LOST={number}"));
     }
 
     /// The state in words.
@@ -67,13 +82,42 @@ impl Announcer {
         if self.status != status {
             self.status = status;
             tracing::info!("{status}");
-            notify(&[NotifyState::Status(status)]);
+            self.say(format!("STATUS={status}"));
+        }
+    }
+
+    fn say(&self, mut message: String) {
+        message.push('\n');
+        if self.messages.as_ref().is_some_and(|messages| messages.try_send(message).is_err()) {
+            tracing::debug!("whoever has started this process does not listen");
         }
     }
 }
 
-fn notify(states: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(states) {
-        tracing::debug!(%error, "notification socket");
-    }
+/// Starts the task that sends, if somebody has asked for messages.
+fn start_sending() -> Option<mpsc::Sender<String>> {
+    let name = env::var_os("NOTIFY_SOCKET")?;
+    let socket = connect(&name).inspect_err(|error| tracing::debug!(%error, "notification socket")).ok()?;
+    let (sender, mut messages) = mpsc::channel::<String>(BACKLOG);
+    tokio::task::spawn_local(async move {
+        while let Some(message) = messages.recv().await {
+            if let Err(error) = socket.send(message.as_bytes()).await {
+                tracing::debug!(%error, "notification socket");
+                return;
+            }
+        }
+    });
+    Some(sender)
+}
+
+/// The listener's socket: a path, or after an `@` a name without a file.
+fn connect(name: &OsStr) -> io::Result<UnixDatagram> {
+    let address = match name.as_bytes().strip_prefix(b"@") {
+        Some(name) => SocketAddr::from_abstract_name(name)?,
+        None => SocketAddr::from_pathname(name)?,
+    };
+    let socket = BlockingDatagram::unbound()?;
+    socket.connect_addr(&address)?;
+    socket.set_nonblocking(true)?;
+    UnixDatagram::from_std(socket)
 }

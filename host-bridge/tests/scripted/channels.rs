@@ -48,7 +48,6 @@ impl Scene {
 
     /// The back-end dies and comes back, in the same appliance. The front-end stays.
     pub(crate) async fn back_end_restarts(&mut self) {
-        self.bridge.forgets_notifications();
         self.agent.set_status(Status::empty()).await;
         self.agent.sees_end().await;
         self.agent.set_status(Status::BACK_END_UP).await;
@@ -57,7 +56,6 @@ impl Scene {
 
     /// The appliance dies, and another one takes its place. The front-end stays.
     pub(crate) async fn appliance_is_replaced(&mut self) {
-        self.bridge.forgets_notifications();
         self.vmm.dies();
         self.next_appliance().await;
         self.agent.sees_front_end().await;

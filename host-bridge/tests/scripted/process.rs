@@ -101,11 +101,6 @@ impl Bridge {
         String::from_utf8(buffer[..len].to_vec()).unwrap()
     }
 
-    /// Takes all notifications so far: its parent reads them, else they would hold it up.
-    pub(crate) fn forgets_notifications(&self) {
-        while self.notifications.try_recv(&mut [0; 4096]).is_ok() {}
-    }
-
     pub(crate) fn directory(&self) -> &Path {
         self.directory.path()
     }
