@@ -208,19 +208,23 @@ impl<'a> Soak<'a> {
 
     fn lose(&mut self, loss: Loss, second: Option<(Loss, u64)>) -> Result<Duration> {
         let vm = self.vm.as_mut().context("there is no driver VM")?;
-        let mut repairs = self.run.status()?.restarts;
+        // The appliance VMs that are lost: a bridge takes its own along.
+        let mut lost = match loss {
+            Loss::BackEnd => Vec::new(),
+            _ => vec![self.run.appliance().pid()],
+        };
         loss.strike(&mut self.run)?;
         if let Some((second, after_ms)) = second {
             sleep(Duration::from_millis(after_ms));
             if self.run.find_again()? {
+                lost.push(self.run.appliance().pid());
                 second.strike(&mut self.run)?;
             }
         }
-        match loss {
-            Loss::BackEnd => loss.await_repair(&mut self.run)?,
-            _ => repairs += 1,
+        if loss == Loss::BackEnd {
+            loss.await_repair(&mut self.run)?;
         }
-        self.run.await_serving(repairs)?;
+        self.run.await_serving(&lost)?;
         self.witness.await_turnover(vm)?;
         self.witness.verify(vm)?;
         check_kernel_log(vm)?;

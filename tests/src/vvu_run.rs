@@ -222,15 +222,17 @@ impl VvuRun {
         })
     }
 
-    /// Waits until the device is served, after at least `restarts` repairs, with bridge and appliance VM as they are then.
+    /// Waits until the device is served by another appliance VM than those whose QEMU is among `lost`, with bridge and
+    /// appliance VM as they are then.
     ///
     /// # Errors
     /// If it is not within [`READY_PATIENCE`].
-    pub fn await_serving(&mut self, restarts: u64) -> Result<()> {
+    pub fn await_serving(&mut self, lost: &[u32]) -> Result<()> {
         let deadline = Instant::now() + READY_PATIENCE;
         loop {
             let status = self.status()?;
-            if status.state == "serving" && status.restarts >= restarts && self.find_again()? {
+            let is_another = status.pids.qemu.is_some_and(|pid| !lost.contains(&pid));
+            if status.state == "serving" && is_another && self.find_again()? {
                 return Ok(());
             }
             ensure!(Instant::now() < deadline, "after {READY_PATIENCE:.0?} the run is {status:?}");
@@ -279,12 +281,12 @@ impl VvuRun {
         Ok(replaced)
     }
 
-    /// `vvu resize`.
+    /// `vvu resize`, with the consent to a smaller size.
     ///
     /// # Errors
     /// If the command fails.
     pub fn resize(&self, bytes: u64) -> Result<()> {
-        self.command::<serde_json::Value>("resize", &[&bytes.to_string()]).map(drop)
+        self.command::<serde_json::Value>("resize", &[&bytes.to_string(), "--shrink"]).map(drop)
     }
 
     /// Runs a command on this run; its last line is the answer.

@@ -144,7 +144,7 @@ fn a_disk_changes_its_size_under_load() -> Result<()> {
         let plan = DriverVmPlan::new(testbed, "driver").disk(Disk::at(run.socket()));
         let mut vm = plan.ledger(witness.ledger()).boot()?;
         witness.start(&mut vm, "/dev/vda")?;
-        for len in [64 * MIB, 64 * MIB + 512] {
+        for len in [96 * MIB, 64 * MIB + 512] {
             run.resize(len)?;
             await_disk_len(&mut vm, len)?;
             witness.await_turnover(&mut vm)?;

@@ -83,7 +83,8 @@ fn a_killed_bridge_takes_its_appliance_along() -> Result<()> {
     })
 }
 
-/// Path: the appliance's QEMU is killed under a connected driver VM; the bridge ends, and `vvu` says so.
+/// Path: the appliance's QEMU is killed under a connected driver VM, and the operator wants no restart: `vvu` says so, and
+/// ends.
 #[test]
 fn a_killed_appliance_ends_the_run() -> Result<()> {
     machine_test("a_killed_appliance_ends_the_run", |testbed| {
