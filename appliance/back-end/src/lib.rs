@@ -14,11 +14,12 @@
 //!   (descriptors)
 //! - memory: `memory` (the table), `view` (what a ring sees of it), `place`, `iommu` with [`iotlb`]
 //! - shared with the front-end: [`inflight`], [`dirty_log`], on `shared_mapping` (unsafe)
-//! - [`wakeup`], [`log_limit`]
+//! - [`wakeup`], [`log_limit`], [`in_one_line()`]
 
 mod chain;
 mod device;
 pub mod dirty_log;
+mod in_one_line;
 pub mod inflight;
 mod iommu;
 pub mod iotlb;
@@ -36,6 +37,7 @@ pub mod wakeup;
 
 pub use chain::{Chain, ChainError, total_len};
 pub use device::{ConfigWriter, Device, DeviceError};
+pub use in_one_line::in_one_line;
 pub use iotlb::Miss;
 pub use memory::{MAX_MEMORY_SLOTS, Memory, TableError};
 pub use ring::Ring;

@@ -19,7 +19,6 @@ use crate::listener::{Endpoint, FrontEnds, ListenerError};
 use crate::lost_memory;
 use crate::signals::{Signals, Wish};
 use crate::size_events::SizeEvents;
-use crate::worker::error_chain;
 
 /// Most queues of a device; each has a thread.
 pub const MAX_QUEUES: u16 = 64;
@@ -152,7 +151,7 @@ fn serve_front_end(
 /// Looks whether the image has another size now. True if the driver has to be told.
 fn look_again(device: &Device) -> bool {
     device.image.look_again().unwrap_or_else(|error| {
-        tracing::warn!(error = error_chain(&error), "image cannot be looked at again");
+        tracing::warn!(error = vvu_back_end::in_one_line(&error), "image cannot be looked at again");
         false
     })
 }
@@ -162,7 +161,7 @@ fn log_outcome(outcome: Result<Ending, SessionError>) {
         Ok(Ending::Closed) => tracing::info!("front-end disconnected"),
         Ok(Ending::Ended) => tracing::info!("front-end was disconnected on request"),
         Err(error) => {
-            tracing::warn!(error = error_chain(&error), "front-end was disconnected for an error");
+            tracing::warn!(error = vvu_back_end::in_one_line(&error), "front-end was disconnected for an error");
         }
     }
 }

@@ -27,7 +27,7 @@ pub(crate) fn serve(device: &Device, service: &Service<'_>) {
     let executor = match Executor::new(device, counters, slots, service.features().bits(), service.wakeup()) {
         Ok(executor) => executor,
         Err(error) => {
-            tracing::error!(queue_index, error = error_chain(&error), "queue cannot be served");
+            tracing::error!(queue_index, error = vvu_back_end::in_one_line(&error), "queue cannot be served");
             return;
         }
     };
@@ -49,7 +49,7 @@ pub(crate) fn serve(device: &Device, service: &Service<'_>) {
     // Ends what the kernel still has, before the control thread may unmap memory.
     drop(worker);
     if let Err(error) = outcome {
-        tracing::error!(queue_index, error = error_chain(&error), "queue failed");
+        tracing::error!(queue_index, error = vvu_back_end::in_one_line(&error), "queue failed");
     }
 }
 
@@ -267,23 +267,11 @@ impl Worker<'_> {
         self.counters.broken.add(1);
         if let Some(suppressed) = self.device.peer_log.admit(Instant::now()) {
             let queue_index = self.service.index();
-            tracing::error!(queue_index, error = error_chain(fault), suppressed, "ring is broken");
+            tracing::error!(queue_index, error = vvu_back_end::in_one_line(fault), suppressed, "ring is broken");
         }
         if let Some(event) = self.service.error() {
             self.executor.engine.signal(Signal::Error, event)?;
         }
         Ok(Intake::Broken)
     }
-}
-
-/// An error and its causes in one line.
-pub(crate) fn error_chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }

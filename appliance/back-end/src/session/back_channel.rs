@@ -52,7 +52,7 @@ impl BackChannel {
             Ok(()) => tracing::debug!("front-end has closed the back channel"),
             Err(error) => {
                 if let Some(suppressed) = LOG.admit(Instant::now()) {
-                    tracing::warn!(error = super::chain(&error), suppressed, "back channel is given up");
+                    tracing::warn!(error = crate::in_one_line(&error), suppressed, "back channel is given up");
                 }
             }
         }

@@ -236,7 +236,7 @@ impl<D: Device> Session<D> {
                     _ => return Err(SessionError::Refused { request: name, source: refusal }),
                 };
                 if let Some(suppressed) = LOG.admit(Instant::now()) {
-                    tracing::warn!(request = name, error = chain(&refusal), suppressed, "request refused");
+                    tracing::warn!(request = name, error = crate::in_one_line(&refusal), suppressed, "request refused");
                 }
                 failure
             }
@@ -285,16 +285,4 @@ impl<D: Device> Drop for Session<D> {
             }
         }
     }
-}
-
-/// An error and its causes in one line.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
