@@ -96,8 +96,9 @@ impl Relay<'_> {
     }
 
     async fn reply(&self, header: &Header, reply: FrontEndReply<Descriptor>) -> Result<(), SessionError> {
+        let is_inflight = matches!(reply, FrontEndReply::Inflight(..));
         let mut message = reply.encode(header.request);
-        if matches!(message.header.request, 31) && header.payload_len == SHORT_INFLIGHT_LEN {
+        if is_inflight && header.payload_len == SHORT_INFLIGHT_LEN {
             // Who sends the structure without its padding reads it without.
             message.payload.truncate(SHORT_INFLIGHT_LEN);
             message.header.payload_len = message.payload.len();
