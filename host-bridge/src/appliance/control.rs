@@ -18,6 +18,7 @@ use vvu_socket::{MessageSocket, event};
 use super::device::{Effect, GenericDevice, Model};
 use super::memory::ApplianceMemory;
 use super::queue::{put_buffer, take_buffer};
+use super::window::WindowState;
 use super::{ApplianceError, sent};
 
 const NAME: &str = "control";
@@ -45,7 +46,6 @@ enum Command {
     Send(Vec<u8>),
     Connect { session: u32 },
     Clear { session: u32, done: oneshot::Sender<()> },
-    WindowLen(u64),
 }
 
 /// How the rest of the bridge talks to the agent.
@@ -106,14 +106,6 @@ impl ControlCommands {
         cleared.await.map_err(|_| ApplianceError::Gone { device: NAME })
     }
 
-    /// Shows the agent how long the window is, or with 0 that its header is not mapped.
-    ///
-    /// # Errors
-    /// [`ApplianceError::Gone`].
-    pub async fn set_window_len(&self, len: u64) -> Result<(), ApplianceError> {
-        self.command(Command::WindowLen(len)).await
-    }
-
     async fn command(&self, command: Command) -> Result<(), ApplianceError> {
         self.0.send(command).await.map_err(|_| ApplianceError::Gone { device: NAME })
     }
@@ -127,6 +119,9 @@ pub struct Control {
     back_channel: Option<MessageSocket>,
     config: ConfigSpace,
     memory: ApplianceMemory,
+    window: watch::Receiver<WindowState>,
+    /// Length of the window in bytes.
+    window_len: u64,
     commands: mpsc::Receiver<Command>,
     frames: mpsc::Sender<Frame>,
     state: watch::Sender<ControlState>,
@@ -137,7 +132,7 @@ pub struct Control {
 
 impl Control {
     /// A control device on the socket of the appliance's VMM, and the port to it. `window_header` is the file behind the
-    /// window's header.
+    /// window's header; the agent gets to see a window of `window_len` bytes whenever `window` is ready.
     ///
     /// # Errors
     /// [`ApplianceError`] if the socket cannot be used.
@@ -146,7 +141,9 @@ impl Control {
         uuid: [u8; 16],
         max_queues: u16,
         window_header: FileId,
+        (mut window, window_len): (watch::Receiver<WindowState>, u64),
     ) -> Result<(Self, ControlPort), ApplianceError> {
+        window.mark_changed();
         let socket =
             MessageSocket::new(stream).map_err(|source| ApplianceError::Io { what: "control socket", source })?;
         let model = Model { name: NAME, features: Features::empty(), queue_count: 2, shared_memory: Vec::new() };
@@ -165,6 +162,8 @@ impl Control {
                 window_len: 0,
             },
             memory: ApplianceMemory::new(window_header),
+            window,
+            window_len,
             commands,
             frames,
             state,
@@ -192,6 +191,7 @@ impl Control {
                 }
                 kicked = kicked(receive) => { kicked?; self.flush_outgoing()?; }
                 kicked = kicked(transmit) => { kicked?; self.drain_transmit()?; }
+                Ok(()) = self.window.changed() => self.config_changed().await?,
                 () = room(&self.frames), if self.stalled => self.drain_transmit()?,
                 command = self.commands.recv() => match command {
                     Some(command) => self.execute(command).await?,
@@ -278,17 +278,17 @@ impl Control {
                 let _ = done.send(());
                 self.config_changed().await
             }
-            Command::WindowLen(len) => {
-                self.config.window_len = len;
-                self.config_changed().await
-            }
         }
     }
 
     /// Raises a configuration interrupt. Without a running device there is nobody to interrupt: the agent reads the
-    /// configuration space when it starts the device.
+    /// configuration space when it starts the device. A window that is gone means that the appliance is being reset, and an
+    /// interrupt at a device that has just been stopped kills QEMU; when the window is back the agent gets one.
     async fn config_changed(&mut self) -> Result<(), ApplianceError> {
-        let Some(back_channel) = self.back_channel.as_ref().filter(|_| self.device.is_running()) else {
+        let window_ready = self.window.borrow().ready;
+        self.config.window_len = if window_ready { self.window_len } else { 0 };
+        let interruptible = self.device.is_running() && window_ready;
+        let Some(back_channel) = self.back_channel.as_ref().filter(|_| interruptible) else {
             return Ok(());
         };
         let message = BackEndRequest::<OwnedFd>::ConfigChange.encode(false);

@@ -25,7 +25,7 @@ use tokio::task::{AbortHandle, JoinError, JoinSet};
 use tokio::time::{Instant, sleep_until};
 use vvu_protocol::window::Layout;
 
-use super::control::{Control, ControlCommands, ControlPort, ControlState};
+use super::control::{Control, ControlPort, ControlState};
 use super::doorbell::Doorbell;
 use super::sockets::{Device, Sockets};
 use super::window::{Window, WindowPort, WindowState, header_file};
@@ -87,6 +87,8 @@ struct Incomplete {
     deadline: Instant,
     doorbells: Doorbells,
     header: OwnedFd,
+    /// The window device's, for both devices.
+    window_state: watch::Sender<WindowState>,
     control: Option<ControlPort>,
     window: Option<WindowPort>,
     doorbell: bool,
@@ -349,6 +351,7 @@ impl DeviceSet {
             deadline: Instant::now() + COMPLETE_TIMEOUT,
             doorbells,
             header: header_file(model.uuid, model.layout.len())?,
+            window_state: watch::Sender::default(),
             control: None,
             window: None,
             doorbell: false,
@@ -364,13 +367,14 @@ impl DeviceSet {
         match device {
             Device::Control if set.control.is_none() => {
                 let (header, _) = file_identity(&set.header)?;
-                let (task, port) = Control::new(stream, model.uuid, model.queues, header)?;
+                let window = (set.window_state.subscribe(), model.layout.len());
+                let (task, port) = Control::new(stream, model.uuid, model.queues, header, window)?;
                 self.control = Some(self.tasks.spawn_local(task.run()));
                 set.control = Some(port);
             }
             Device::Window if set.window.is_none() => {
                 let header = set.header.try_clone().map_err(io("duplicate of the window's header"))?;
-                let (task, port) = Window::new(stream, header, &model.layout)?;
+                let (task, port) = Window::new(stream, header, &model.layout, set.window_state.clone())?;
                 self.tasks.spawn_local(task.run());
                 set.window = Some(port);
             }
@@ -396,7 +400,6 @@ impl DeviceSet {
                 ..
             }) => {
                 let readiness = Readiness { window: window.state(), control: control.state() };
-                self.tasks.spawn_local(announce_window(window.state(), control.commands.clone(), layout.len()));
                 self.tasks.spawn_local(watch_readiness(readiness.clone(), Rc::clone(changed)));
                 let appliance = Appliance { control, window, doorbells, layout: layout.clone(), number, session: 0 };
                 let (came, ended) = (Some(Box::new(appliance)), None);
@@ -421,21 +424,6 @@ async fn first_end(sets: &mut [DeviceSet]) -> (usize, Result<Result<(), Applianc
         Poll::Pending
     })
     .await
-}
-
-/// Shows the agent whether the window's header is mapped. What ends it, another task of the set says.
-async fn announce_window(
-    mut state: watch::Receiver<WindowState>,
-    control: ControlCommands,
-    len: u64,
-) -> Result<(), ApplianceError> {
-    loop {
-        let ready = state.borrow_and_update().ready;
-        let shown = control.set_window_len(if ready { len } else { 0 }).await;
-        if shown.is_err() || state.changed().await.is_err() {
-            return std::future::pending().await;
-        }
-    }
 }
 
 /// Says so when the appliance may have become ready, or no longer be.

@@ -175,11 +175,17 @@ pub struct Window {
 }
 
 impl Window {
-    /// A window device on the socket of the appliance's VMM, and the port to it. `header` is made by [`header_file`].
+    /// A window device on the socket of the appliance's VMM, and the port to it. `header` is made by [`header_file`]; `state` is kept up to
+    /// date.
     ///
     /// # Errors
     /// [`ApplianceError`] if the socket cannot be used.
-    pub fn new(stream: UnixStream, header: OwnedFd, layout: &Layout) -> Result<(Self, WindowPort), ApplianceError> {
+    pub fn new(
+        stream: UnixStream,
+        header: OwnedFd,
+        layout: &Layout,
+        state: watch::Sender<WindowState>,
+    ) -> Result<(Self, WindowPort), ApplianceError> {
         let socket =
             MessageSocket::new(stream).map_err(|source| ApplianceError::Io { what: "window socket", source })?;
         let mut shared_memory = vec![(WINDOW_REGION, layout.len())];
@@ -188,7 +194,7 @@ impl Window {
         }
         let model = Model { name: NAME, features: PMEM_SHARED_MEMORY, queue_count: 1, shared_memory };
         let (operation_sender, operations) = mpsc::channel(1);
-        let (state, state_receiver) = watch::channel(WindowState::default());
+        let port = WindowPort { operations: operation_sender, state: state.subscribe(), mapped: Vec::new(), losses: 0 };
         let window = Self {
             socket,
             device: GenericDevice::new(model)?,
@@ -199,7 +205,6 @@ impl Window {
             pending: None,
             stale_answers: 0,
         };
-        let port = WindowPort { operations: operation_sender, state: state_receiver, mapped: Vec::new(), losses: 0 };
         Ok((window, port))
     }
 

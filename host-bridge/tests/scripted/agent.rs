@@ -72,6 +72,11 @@ impl Agent {
         }
     }
 
+    /// Configuration interrupts that [`Agent::sees`] has not taken yet.
+    pub(crate) fn unseen_interrupts(&self) -> usize {
+        self.interrupts.available_permits()
+    }
+
     /// Sees a front-end connect, and its session number.
     pub(crate) async fn sees_front_end(&mut self) -> ConfigSpace {
         let config = self.sees(|config| config.status.contains(Status::FRONT_END_UP), "a front-end").await;
