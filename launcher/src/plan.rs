@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
-use vvu_appliance_config::{ApplianceConfig, BlkOptions, CONFIG_VERSION, Device, DeviceSet, MAX_SERIAL_LEN};
+use vvu_appliance_config::{
+    ApplianceConfig, BackEnd, BlkOptions, CONFIG_VERSION, Device, Format, Layer, Limits, MAX_SERIAL_LEN,
+};
 
 use crate::accel::{self, Accel, KvmState};
 use crate::cli::{BlkArgs, RestartChoice};
@@ -152,10 +154,16 @@ fn serial_from(image: &Path) -> String {
 }
 
 fn config(uuid: &str, log: &str, args: &BlkArgs, serial: String) -> anyhow::Result<Vec<u8>> {
-    let options =
-        BlkOptions { disk_serial: DISK_SERIAL.to_owned(), read_only: args.read_only, queues: args.queues, serial };
-    let device_set = DeviceSet { uuid: uuid.to_owned(), device: Device::Blk(options) };
-    let document = ApplianceConfig { version: CONFIG_VERSION, log: log.to_owned(), device_sets: vec![device_set] };
+    let options = BlkOptions {
+        image: Layer { disk_serial: DISK_SERIAL.to_owned(), format: Format::Raw },
+        backing: Vec::new(),
+        read_only: args.read_only,
+        queues: args.queues,
+        serial,
+        limits: Limits::default(),
+    };
+    let back_end = BackEnd { device_sets: vec![uuid.to_owned()], channels: Vec::new(), device: Device::Blk(options) };
+    let document = ApplianceConfig { version: CONFIG_VERSION, log: log.to_owned(), back_ends: vec![back_end] };
     document.to_json().context("cannot write the appliance's configuration")
 }
 

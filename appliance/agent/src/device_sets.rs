@@ -47,8 +47,12 @@ pub async fn bring_up(config: &ApplianceConfig, modules: &Modules, reaper: &Reap
     let mut controls = find_controls()?;
     let mut doorbells = find_doorbells()?;
     let mut sets = Vec::new();
-    for set in &config.device_sets {
-        let uuid: Uuid = set.uuid.parse()?;
+    let configured = || {
+        let back_ends = config.back_ends.iter();
+        back_ends.flat_map(|back_end| back_end.device_sets.iter().map(move |uuid| (uuid, &back_end.device)))
+    };
+    for (uuid, _) in configured() {
+        let uuid: Uuid = uuid.parse()?;
         let control = controls.remove(&uuid).with_context(|| format!("device set {uuid} has no control device"))?;
         let doorbell = doorbells.remove(&uuid).with_context(|| format!("device set {uuid} has no doorbell device"))?;
         let control = control.start().with_context(|| format!("device set {uuid}"))?;
@@ -65,10 +69,10 @@ pub async fn bring_up(config: &ApplianceConfig, modules: &Modules, reaper: &Reap
     }
     modules.load(Stage::Dax)?;
     let mut ready = Vec::new();
-    for (index, (set, configured)) in (0..).zip(sets.into_iter().zip(&config.device_sets)) {
+    for (index, (set, (_, device))) in (0..).zip(sets.into_iter().zip(configured())) {
         let Devices { uuid, control, doorbell, window_len } = set;
         let window = Window::open(uuid, window_len).await?;
-        let program = prepare(index, uuid, &configured.device, &config.log).await?;
+        let program = prepare(index, uuid, device, &config.log).await?;
         let supervisor = Supervisor::new(program, reaper.clone(), &window.file)?;
         info!(set = %uuid, "devices are up");
         ready.push(DeviceSet::new(uuid, control, doorbell, window, supervisor));

@@ -7,8 +7,8 @@ use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
-use vvu_appliance_config::{BlkOptions, Device};
+use anyhow::{Context, Result, bail};
+use vvu_appliance_config::{BlkOptions, Device, Format, Limits};
 
 use crate::supervisor::BackEndProgram;
 use crate::uuid::Uuid;
@@ -33,15 +33,17 @@ pub async fn prepare(index: u32, uuid: Uuid, device: &Device, log: &str) -> Resu
     let socket = directory.join("back-end.sock");
     let arguments = match device {
         Device::Blk(options) => {
-            let disk = find_disk(&options.disk_serial).await?;
+            if options.image.format != Format::Raw || options.limits != Limits::default() {
+                bail!("this appliance has raw images without limits only");
+            }
+            let disk = find_disk(&options.image.disk_serial).await?;
             let mode = if options.read_only { 0o400 } else { 0o600 };
             give(&disk, user, mode).with_context(|| format!("cannot hand over the disk {}", disk.display()))?;
             blk_arguments(options, &disk, &socket)
         }
+        Device::Net(_) | Device::Exec(_) => bail!("this appliance has block devices only"),
     };
-    let program = match device {
-        Device::Blk(_) => "/bin/vvu-blk".into(),
-    };
+    let program = "/bin/vvu-blk".into();
     let environment = vec![("RUST_LOG".into(), log.into())];
     Ok(BackEndProgram { program, arguments, environment, socket, user: Some(user) })
 }
@@ -94,6 +96,8 @@ fn disk_with_serial(block: &Path, serial: &str) -> io::Result<Option<OsString>> 
 
 #[cfg(test)]
 mod tests {
+    use vvu_appliance_config::Layer;
+
     use super::*;
 
     #[test]
@@ -113,7 +117,15 @@ mod tests {
 
     #[test]
     fn blk_is_started_as_configured() {
-        let options = |read_only| BlkOptions { disk_serial: "d".into(), read_only, queues: 4, serial: "s".into() };
+        let image = || Layer { disk_serial: "d".into(), format: Format::Raw };
+        let options = |read_only| BlkOptions {
+            image: image(),
+            backing: Vec::new(),
+            read_only,
+            queues: 4,
+            serial: "s".into(),
+            limits: Limits::default(),
+        };
         let arguments = |read_only| {
             let arguments = blk_arguments(&options(read_only), Path::new("/dev/vda"), Path::new("/run/b.sock"));
             arguments.join(std::ffi::OsStr::new(" ")).into_string().unwrap()

@@ -5,8 +5,10 @@ use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::fmt::{self, Write};
 use std::panic::PanicHookInfo;
+use std::rc::Rc;
 use std::sync::Once;
 
+use tokio::sync::Notify;
 use tokio::time::Instant;
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
@@ -25,6 +27,7 @@ struct Journal {
     life: String,
     /// How often the life changed.
     changes: u64,
+    changed: Rc<Notify>,
     failure: Option<String>,
 }
 
@@ -62,6 +65,12 @@ pub(crate) fn fail(text: &str) {
 /// State of the bridge's life, in its own words, and how often it has changed.
 pub(crate) fn life() -> (String, u64) {
     JOURNAL.with_borrow(|journal| (journal.life.clone(), journal.changes))
+}
+
+/// Waits until the life changes again.
+pub(crate) async fn life_changes() {
+    let changed = JOURNAL.with_borrow(|journal| Rc::clone(&journal.changed));
+    changed.notified().await;
 }
 
 /// The last lines.
@@ -110,6 +119,7 @@ impl Subscriber for Lines {
             JOURNAL.with_borrow_mut(|journal| {
                 after.clone_into(&mut journal.life);
                 journal.changes += 1;
+                journal.changed.notify_waiters();
             });
         }
         note(&format!("  {target}: {}{}", text.message, text.fields));

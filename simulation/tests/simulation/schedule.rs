@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use tokio::task::{JoinHandle, LocalSet, spawn_local, yield_now};
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 use vvu_protocol::message::Inflight;
 use vvu_simulation::coverage::Coverage;
 
@@ -21,8 +21,8 @@ use super::{checks, log};
 /// How long everything may take to come to rest.
 const REST: Duration = Duration::from_secs(600);
 
-/// Milliseconds that a change is waited for.
-const CHANGE: u32 = 4000;
+/// How long a change is waited for.
+const CHANGE: Duration = Duration::from_secs(4);
 
 /// Appliances that live at the same time, at most.
 const APPLIANCES_MAX: usize = 3;
@@ -217,23 +217,10 @@ impl Player {
                     yield_now().await;
                 }
             }
-            Action::Change => self.change().await,
+            // So that what comes next hits a state that lasts for no more than a moment.
+            Action::Change => drop(timeout(CHANGE, log::life_changes()).await),
             Action::Moment => sleep(self.world.random.time(Duration::from_millis(20))).await,
             Action::Seconds => sleep(self.world.random.time(Duration::from_secs(20))).await,
-        }
-    }
-
-    /// Until the bridge's life changes, so that what comes next hits a state that lasts for no more than a moment.
-    async fn change(&self) {
-        let before = log::life().1;
-        for _ in 0..CHANGE {
-            for _ in 0..8 {
-                yield_now().await;
-                if log::life().1 != before {
-                    return;
-                }
-            }
-            sleep(Duration::from_millis(1)).await;
         }
     }
 
