@@ -179,6 +179,18 @@ mod tests {
     }
 
     #[test]
+    fn the_tail_of_a_log_at_the_end_of_its_area_leaves_the_next_area_alone() {
+        let first = place(FILE, 0x2345, 0, 0x2340, &[]).unwrap().span.unwrap();
+        let second = place(OTHER, 0x2345, 0, 0x2340, &[first]).unwrap();
+        let tail = second.tail.unwrap();
+        let tail = Span { file: FILE, file_offset: FileOffset(0), len: 0x1000, window_offset: tail.window_offset };
+        let mapped = [second.span.unwrap(), tail];
+        assert_eq!(tail.end(), INFLIGHT_OFFSET.0);
+        let inflight = Area::INFLIGHT.place((FILE, 0x2000), FileOffset(0), 0x2000, &mapped).unwrap();
+        assert_eq!(inflight.offset, INFLIGHT_OFFSET);
+    }
+
+    #[test]
     fn an_offset_within_the_file_is_kept() {
         let buffer = place(FILE, 0x1_0000, 0x2100, 0x3000, &[]).unwrap();
         let span = buffer.span.unwrap();

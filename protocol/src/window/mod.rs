@@ -94,10 +94,11 @@ impl Span {
         self.len.next_multiple_of(ALIGNMENT)
     }
 
-    /// First window offset behind what it takes.
+    /// First window offset behind what it takes: a multiple of [`ALIGNMENT`], even behind the tail of a dirty log, which may
+    /// start anywhere.
     #[must_use]
     pub const fn end(&self) -> u64 {
-        self.window_offset.0 + self.reserved()
+        (self.window_offset.0 + self.len).next_multiple_of(ALIGNMENT)
     }
 
     fn covers(&self, entry: &RegionOfFile) -> bool {
