@@ -14,16 +14,20 @@
 //!   (descriptors)
 //! - memory: `memory` (the table), `view` (what a ring sees of it), `place`, `iommu` with [`iotlb`]
 //! - shared with the front-end: [`inflight`], [`dirty_log`], on `shared_mapping` (unsafe)
+//! - the program around it: [`listener`], [`signals`] and [`lost_memory`] (both unsafe), `descriptors` (unsafe)
 //! - [`wakeup`], [`log_limit`], [`in_one_line()`]
 
 mod chain;
+mod descriptors;
 mod device;
 pub mod dirty_log;
 mod in_one_line;
 pub mod inflight;
 mod iommu;
 pub mod iotlb;
+pub mod listener;
 pub mod log_limit;
+pub mod lost_memory;
 mod memory;
 mod notices;
 mod place;
@@ -31,6 +35,7 @@ mod ring;
 mod ring_error;
 mod session;
 mod shared_mapping;
+pub mod signals;
 mod view;
 mod vring;
 pub mod wakeup;
@@ -44,4 +49,4 @@ pub use ring::Ring;
 pub use ring_error::{Pause, RingError};
 pub use session::{Connection, Ending, Handle, Refusal, SessionError};
 pub use view::{AccessError, Segment, View};
-pub use vring::{Changes, Service};
+pub use vring::{Changes, RingSignals, Service};

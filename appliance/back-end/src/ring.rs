@@ -285,11 +285,23 @@ impl Ring {
     /// # Errors
     /// [`RingError`]: the ring is broken.
     pub fn peek(&self) -> Result<u16, RingError> {
+        self.peek_ahead(0)
+    }
+
+    /// The head that lies `ahead` heads behind the next one: what needs several buffers takes none before it has seen enough
+    /// of them. Heads that are peeked at together may be the same one; each is in flight only after its [`Ring::take`].
+    ///
+    /// # Errors
+    /// [`RingError`]: the ring is broken.
+    pub fn peek_ahead(&self, ahead: u16) -> Result<u16, RingError> {
         let size = self.size;
-        let head = match self.recovered.front() {
+        let head = match self.recovered.get(usize::from(ahead)) {
             Some(head) => *head,
             None => {
-                let entry = ENTRIES + AVAILABLE_LEN * u32::from(self.next_avail % size);
+                // Not negative, and no more than 16 bits: it is less than `ahead`.
+                let beyond = usize::from(ahead).saturating_sub(self.recovered.len());
+                let position = self.next_avail.wrapping_add(u16::try_from(beyond).unwrap_or(0));
+                let entry = ENTRIES + AVAILABLE_LEN * u32::from(position % size);
                 u16::from_le(self.parts()?.available(&self.view, entry)?)
             }
         };
@@ -329,15 +341,27 @@ impl Ring {
     /// # Errors
     /// [`RingError`]: the ring is broken.
     pub fn listen(&mut self) -> Result<bool, RingError> {
+        self.listen_beyond(0)
+    }
+
+    /// Asks the driver to notify of more than the first `seen` heads, which are known but do not suffice for what is to be
+    /// done. True if there are more already.
+    ///
+    /// # Errors
+    /// [`RingError`]: the ring is broken.
+    pub fn listen_beyond(&mut self, seen: u16) -> Result<bool, RingError> {
+        // Not negative, and no more than 16 bits: it is not more than `seen`.
+        let unrecovered = usize::from(seen).saturating_sub(self.recovered.len());
+        let position = self.next_avail.wrapping_add(u16::try_from(unrecovered).unwrap_or(0));
         if self.event_idx {
             let event = ENTRIES + USED_LEN * u32::from(self.size);
-            self.store_used(event, self.next_avail.to_le(), Ordering::Relaxed)?;
+            self.store_used(event, position.to_le(), Ordering::Relaxed)?;
         } else {
             self.store_used(0, 0u16, Ordering::Relaxed)?;
         }
         // The driver looks at what was stored after it has stored its index; we the other way round.
         fence(Ordering::SeqCst);
-        Ok(self.available_idx()? != self.next_avail || !self.recovered.is_empty())
+        Ok(self.available_idx()? != position || self.recovered.len() > usize::from(seen))
     }
 
     /// Returns a head with the number of bytes that were written for it. The driver sees it after [`Ring::publish`].

@@ -467,9 +467,40 @@ impl Service<'_> {
         self.vring.shared.lock().error.clone()
     }
 
+    /// For other threads that return requests of this ring.
+    #[must_use]
+    pub fn signals(&self) -> RingSignals {
+        RingSignals { shared: Arc::clone(&self.vring.shared) }
+    }
+
     /// Notes how far the ring was worked off, for the answer to GET_VRING_BASE and the next start.
     pub fn save_position(&self, ring: &Ring) {
         self.vring.shared.lock().parameters.base = ring.next_avail();
+    }
+}
+
+/// Where to signal the driver of a ring that several threads work on. Says nothing of whether the ring is in service.
+#[derive(Debug, Clone)]
+pub struct RingSignals {
+    shared: Arc<Shared>,
+}
+
+impl RingSignals {
+    /// As [`Service::call`].
+    #[must_use]
+    pub fn call(&self) -> Option<Arc<OwnedFd>> {
+        self.shared.lock().call.clone()
+    }
+
+    /// As [`Service::error`].
+    #[must_use]
+    pub fn error(&self) -> Option<Arc<OwnedFd>> {
+        self.shared.lock().error.clone()
+    }
+
+    /// Fires [`Service::wakeup`]: the thread that has the service is to look at what was left for it.
+    pub fn wake(&self) {
+        self.shared.wakeup.wake();
     }
 }
 

@@ -4,10 +4,10 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 use clap::Parser;
+use vvu_back_end::listener::Endpoint;
 
 use crate::daemon::{MAX_QUEUES, Options};
 use crate::device::SERIAL_LEN;
-use crate::listener::Endpoint;
 
 /// What `--print-capabilities` prints: the device type, and the options of the conventions that the program has.
 pub const CAPABILITIES: &str = r#"{"type": "block", "features": ["read-only", "blk-file"]}"#;

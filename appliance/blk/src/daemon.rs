@@ -8,16 +8,15 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, poll};
+use vvu_back_end::listener::{Endpoint, FrontEnds, ListenerError};
 use vvu_back_end::log_limit::LogLimit;
+use vvu_back_end::signals::{Signals, Wish};
 use vvu_back_end::wakeup::Wakeup;
-use vvu_back_end::{Connection, Ending, SessionError};
+use vvu_back_end::{Connection, Ending, SessionError, lost_memory};
 
 use crate::device::{Device, SERIAL_LEN};
 use crate::engine::Engine;
 use crate::image::{Image, ImageError};
-use crate::listener::{Endpoint, FrontEnds, ListenerError};
-use crate::lost_memory;
-use crate::signals::{Signals, Wish};
 use crate::size_events::SizeEvents;
 
 /// Most queues of a device; each has a thread.
@@ -84,7 +83,7 @@ pub fn run(options: &Options) -> Result<(), DaemonError> {
             }
             Event::Wish(Wish::End) => break,
             Event::Other => {
-                if serve_front_end(&device, front_ends.next()?, &wishes, &connections)? {
+                if serve_front_end(&device, front_ends.accept()?, &wishes, &connections)? {
                     break;
                 }
             }
@@ -113,7 +112,7 @@ fn serve_front_end(
     if let Some(suppressed) = suppressed {
         tracing::info!(suppressed, "front-end connected");
     }
-    lost_memory::forget();
+    device.forget_lost_memory();
     let connection = Connection::new(stream, Arc::clone(device));
     let handle = connection.handle();
     let gone = Wakeup::new().map_err(io::Error::from)?;

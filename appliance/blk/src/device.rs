@@ -1,11 +1,11 @@
 //! What all queues of a device share.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use virtio_bindings::bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 use vvu_back_end::log_limit::LogLimit;
-use vvu_back_end::{ConfigWriter, DeviceError, Service};
+use vvu_back_end::{ConfigWriter, DeviceError, Service, lost_memory};
 use vvu_protocol::features::{Features, ProtocolFeatures};
 
 use crate::config_space::{self, WRITEBACK_OFFSET, feature, offered_features};
@@ -33,6 +33,8 @@ pub(crate) struct Device {
     pub(crate) storage_log: LogLimit,
     /// `writeback` of the configuration space.
     writeback: AtomicBool,
+    /// Losses of memory before this connection, whose memory is its own.
+    former_losses: AtomicU64,
 }
 
 impl Device {
@@ -45,7 +47,18 @@ impl Device {
             peer_log: LogLimit::default(),
             storage_log: LogLimit::default(),
             writeback: AtomicBool::new(true),
+            former_losses: AtomicU64::new(0),
         }
+    }
+
+    /// A new connection begins.
+    pub(crate) fn forget_lost_memory(&self) {
+        self.former_losses.store(lost_memory::losses(), Ordering::Relaxed);
+    }
+
+    /// Driver memory was lost in this connection: what was read of it since is not to be trusted.
+    pub(crate) fn lost_memory(&self) -> bool {
+        lost_memory::losses() != self.former_losses.load(Ordering::Relaxed)
     }
 
     pub(crate) fn writeback(&self) -> bool {

@@ -9,12 +9,12 @@
 //!
 //! # Map
 //! - pure: `config_space`, `request`, `driver_data`, `bounce`
-//! - unsafe: `engine` (io_uring, with `transfer`), `descriptors`, `signals`, `lost_memory`
+//! - unsafe: `engine` (io_uring, with `transfer`)
 //! - one queue: `worker` (its thread), `execution` (its requests)
 //! - the device: `device`, `image`, `write_gate`, `counters`
-//! - the program: `cli`, `daemon`, `listener`, `size_events`
+//! - the program: `cli`, `daemon`, `size_events`
 //!
-//! Messages, rings and what keeps requests from being lost are those of `vvu-back-end`.
+//! Messages, rings and what keeps requests from being lost are those of `vvu-back-end`, as are listening, signals and lost memory.
 
 mod aligned_buffer;
 mod bounce;
@@ -22,22 +22,17 @@ pub mod cli;
 mod config_space;
 mod counters;
 pub mod daemon;
-mod descriptors;
 mod device;
 mod driver_data;
 mod engine;
 mod execution;
 mod image;
-mod listener;
-mod lost_memory;
 mod request;
-mod signals;
 mod size_events;
 mod transfer;
 mod worker;
 mod write_gate;
 
 pub use image::ImageError;
-pub use listener::{Endpoint, ListenerError};
 
 use vvu_back_end::Memory as DriverMemory;

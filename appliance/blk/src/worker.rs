@@ -11,7 +11,6 @@ use crate::counters::QueueCounters;
 use crate::device::{Device, MAX_QUEUE_SIZE};
 use crate::engine::{Completion, EngineError, Signal, Watch};
 use crate::execution::Executor;
-use crate::lost_memory;
 use crate::request::{Request, RequestError};
 
 /// Longest indirect chain when the queue itself is smaller: header, segments and status.
@@ -98,7 +97,7 @@ impl Worker<'_> {
         let mut intake = Intake::Ready;
         loop {
             let stopping = self.service.should_stop();
-            if lost_memory::happened() && intake != Intake::Broken {
+            if self.device.lost_memory() && intake != Intake::Broken {
                 intake = self.break_ring(&Fault::MemoryLost)?;
             }
             intake = self.place_ring(intake)?;

@@ -9,7 +9,6 @@ use crate::aligned_buffer::AlignedBuffer;
 use crate::bounce::Window;
 use crate::driver_data::{copy_from_driver, copy_to_driver};
 use crate::engine::EngineError;
-use crate::lost_memory;
 use crate::request::{ByteRange, RequestKind};
 use crate::transfer::Direction;
 use crate::write_gate::Passage;
@@ -50,7 +49,7 @@ impl Executor<'_> {
         };
         let copied = match copied {
             // Zeroes in place of what was lost must not reach the image.
-            Ok(()) if lost_memory::happened() => Err(io::Error::other("driver memory was taken away")),
+            Ok(()) if self.device.lost_memory() => Err(io::Error::other("driver memory was taken away")),
             copied => copied.map_err(io::Error::other),
         };
         if let Err(error) = copied {

@@ -1,17 +1,17 @@
 //! Survives driver memory that disappears: the file behind it was cut, and the next access raises SIGBUS.
 //!
 //! Only the front-end can cut the file, so it harms its own device; but without this it would end the process at a moment
-//! of its choice. The handler puts a page of zeroes in place of the lost one, and the rings learn of it and break.
+//! of its choice. The handler puts a page of zeroes in place of the lost one, and the rings learn of it by [`losses`] and break.
 //! No other memory of the process is mapped from a file that somebody cuts.
 
 #![expect(unsafe_code, reason = "a signal handler repairs a mapping")]
 
 use std::io;
 use std::mem::MaybeUninit;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Memory was lost since the last [`forget`].
-static LOST: AtomicBool = AtomicBool::new(false);
+/// Number of pages that were repaired.
+static LOSSES: AtomicU64 = AtomicU64::new(0);
 
 /// The unit of repair: the smallest page. Mappings with larger ones cannot be repaired in parts, and end the process.
 const PAGE: usize = 4096;
@@ -20,7 +20,10 @@ const PAGE: usize = 4096;
 const BUS_ADRERR: libc::c_int = 2;
 
 /// Installs the handler, for the whole process.
-pub(crate) fn install() -> io::Result<()> {
+///
+/// # Errors
+/// What sigaction(2) says.
+pub fn install() -> io::Result<()> {
     let handler: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) = repair;
     // SAFETY: all-zero is a valid sigaction: no flags, an empty mask.
     let mut action: libc::sigaction = unsafe { MaybeUninit::zeroed().assume_init() };
@@ -33,14 +36,11 @@ pub(crate) fn install() -> io::Result<()> {
     Ok(())
 }
 
-/// Driver memory has been lost: what was read of it since is not to be trusted.
-pub(crate) fn happened() -> bool {
-    LOST.load(Ordering::Relaxed)
-}
-
-/// A new connection begins, with memory of its own.
-pub(crate) fn forget() {
-    LOST.store(false, Ordering::Relaxed);
+/// How often memory was lost since the process began. Where it is more than it was before an access, what was read is not to
+/// be trusted. It says nothing of whose memory it was.
+#[must_use]
+pub fn losses() -> u64 {
+    LOSSES.load(Ordering::Relaxed)
 }
 
 extern "C" fn repair(_signal: libc::c_int, info: *mut libc::siginfo_t, _context: *mut libc::c_void) {
@@ -53,7 +53,7 @@ extern "C" fn repair(_signal: libc::c_int, info: *mut libc::siginfo_t, _context:
         // SAFETY: the page belongs to a file mapping that has nothing there any more, and stays mapped as memory of the
         // same kind; mmap is a plain system call.
         if unsafe { libc::mmap(page, PAGE, access, flags, -1, 0) } == page {
-            LOST.store(true, Ordering::Relaxed);
+            LOSSES.fetch_add(1, Ordering::Relaxed);
             return;
         }
     }

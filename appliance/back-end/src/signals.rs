@@ -8,25 +8,28 @@ use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 
 /// What the operator wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Wish {
+pub enum Wish {
     /// SIGTERM or SIGINT: end in order.
     End,
     /// SIGUSR1: write the counters to the log.
     Report,
-    /// SIGHUP: look at the image again, its size may have changed.
+    /// SIGHUP: look at the world around again; the size of an image may have changed.
     LookAgain,
 }
 
 /// See the module's text.
 #[derive(Debug)]
-pub(crate) struct Signals {
+pub struct Signals {
     signalfd: OwnedFd,
 }
 
 impl Signals {
     /// Takes the signals over, for all threads that are started from now on. SIGXFSZ is ignored: a write beyond the
     /// limit of file sizes is an I/O error of the request.
-    pub(crate) fn take_over() -> io::Result<Self> {
+    ///
+    /// # Errors
+    /// The system has no descriptor left.
+    pub fn take_over() -> io::Result<Self> {
         let mut set = MaybeUninit::uninit();
         // SAFETY: sigemptyset initialises the set that the other two get; signal and sigaddset take valid numbers.
         let set = unsafe {
@@ -51,7 +54,8 @@ impl Signals {
     }
 
     /// Takes one pending signal.
-    pub(crate) fn next(&self) -> Option<Wish> {
+    #[must_use]
+    pub fn next(&self) -> Option<Wish> {
         let mut info = [0; size_of::<libc::signalfd_siginfo>()];
         rustix::io::read(&self.signalfd, &mut info).ok()?;
         // ssi_signo, the first field.

@@ -62,7 +62,7 @@ pub enum ListenerError {
 
 /// See the module's text.
 #[derive(Debug)]
-pub(crate) enum FrontEnds {
+pub enum FrontEnds {
     /// One after the other.
     Listening(Listener),
     /// This one only.
@@ -72,7 +72,12 @@ pub(crate) enum FrontEnds {
 }
 
 impl FrontEnds {
-    pub(crate) fn new(endpoint: &Endpoint) -> Result<Self, ListenerError> {
+    /// Listens, or takes the descriptor over. To be called before anything else opens descriptors: that of
+    /// [`Endpoint::Descriptor`] must not be mixed up with one that is opened here.
+    ///
+    /// # Errors
+    /// [`ListenerError`] says what to do.
+    pub fn new(endpoint: &Endpoint) -> Result<Self, ListenerError> {
         match endpoint {
             Endpoint::Path(path) => Listener::bind(path).map(Self::Listening),
             Endpoint::Descriptor(number) => Self::adopt(*number),
@@ -95,8 +100,9 @@ impl FrontEnds {
         Ok(Self::Connected(UnixStream::from(descriptor)))
     }
 
-    /// What becomes readable when [`FrontEnds::next`] has a front-end. None if there will be no more.
-    pub(crate) fn waiting(&self) -> Option<BorrowedFd<'_>> {
+    /// What becomes readable when [`FrontEnds::accept`] has a front-end. None if there will be no more.
+    #[must_use]
+    pub fn waiting(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Self::Listening(listener) => Some(listener.socket.as_fd()),
             Self::Connected(stream) => Some(stream.as_fd()),
@@ -105,9 +111,12 @@ impl FrontEnds {
     }
 
     /// The next front-end; waits for it.
-    pub(crate) fn next(&mut self) -> io::Result<UnixStream> {
+    ///
+    /// # Errors
+    /// What accept(2) says, and NotConnected if there will be no more.
+    pub fn accept(&mut self) -> io::Result<UnixStream> {
         if let Self::Listening(listener) = self {
-            return listener.socket.accept().map(|(stream, _)| stream);
+            return listener.accept();
         }
         match std::mem::replace(self, Self::NoMore) {
             Self::Connected(stream) => Ok(stream),
@@ -118,14 +127,18 @@ impl FrontEnds {
 
 /// A listening socket.
 #[derive(Debug)]
-pub(crate) struct Listener {
+pub struct Listener {
     socket: UnixListener,
     /// To be removed at the end.
     path: Option<PathBuf>,
 }
 
 impl Listener {
-    fn bind(path: &Path) -> Result<Self, ListenerError> {
+    /// Listens at a path. What a program that was killed has left there is replaced.
+    ///
+    /// # Errors
+    /// [`ListenerError`] says what to do.
+    pub(crate) fn bind(path: &Path) -> Result<Self, ListenerError> {
         let failure = |source| ListenerError::Bind { path: path.to_owned(), source };
         match std::fs::symlink_metadata(path) {
             Ok(metadata) if !metadata.file_type().is_socket() => {
@@ -143,6 +156,17 @@ impl Listener {
         }
         let socket = UnixListener::bind(path).map_err(failure)?;
         Ok(Self { socket, path: Some(path.to_owned()) })
+    }
+
+    /// The next connection; waits for it.
+    pub(crate) fn accept(&self) -> io::Result<UnixStream> {
+        self.socket.accept().map(|(stream, _)| stream)
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
     }
 }
 
