@@ -11,6 +11,10 @@ use crate::initramfs::{DeviceKind, Initramfs};
 use crate::manifest::{FileRecord, Manifest};
 use crate::modules::ModuleTree;
 
+/// Where the image lists the modules that every appliance loads, and those of one with an uplink (agent, `modules.rs`).
+const MODULE_LIST: &str = "etc/modules.list";
+const UPLINK_MODULE_LIST: &str = "etc/modules-net.list";
+
 /// Kernel modules of the appliance; what they depend on comes along.
 const MODULES: [&str; 13] = [
     // The configuration.
@@ -31,6 +35,9 @@ const MODULES: [&str; 13] = [
     "vfio_iommu_type1",
     "vfio-pci",
 ];
+
+/// Kernel modules of an appliance whose switch has an uplink: its network card, the switch's end, and what joins the two.
+const UPLINK_MODULES: [&str; 3] = ["virtio_net", "tun", "bridge"];
 
 /// The files of a built image.
 #[derive(Clone, Debug)]
@@ -73,7 +80,7 @@ pub fn build_appliance_image(setup: &Setup, workspace: &Path, target: &Path) -> 
     Ok(ApplianceFiles { kernel: directory.join("vmlinuz"), initrd: directory.join("initrd"), binaries, manifest })
 }
 
-/// The appliance's initramfs and its modules in load order.
+/// The appliance's initramfs and all of its modules in load order.
 ///
 /// # Errors
 /// Any [`ImageError`] but those of building.
@@ -90,7 +97,9 @@ pub fn appliance_initramfs(
     for mount_point in ["proc", "sys", "run", "tmp"] {
         image.add_dir(mount_point, 0o755)?;
     }
-    let modules = ModuleTree::open(&setup.modules)?.add_to(&mut image, &MODULES)?;
+    let tree = ModuleTree::open(&setup.modules)?;
+    let mut modules = tree.add_to(&mut image, MODULE_LIST, &MODULES)?;
+    modules.extend(tree.add_to(&mut image, UPLINK_MODULE_LIST, &UPLINK_MODULES)?);
     Ok((image, modules))
 }
 

@@ -65,7 +65,7 @@ pub fn build_driver_image(setup: &Setup, init_script: &str, own: &[PathBuf], out
         image.add_file("etc/mke2fs.conf", 0o644, fs::read(&file).map_err(at(file))?)?;
     }
     add_busybox(&mut image, root)?;
-    ModuleTree::open(&setup.modules)?.add_to(&mut image, &MODULES)?;
+    ModuleTree::open(&setup.modules)?.add_to(&mut image, "etc/modules.list", &MODULES)?;
     write_whole(out, &image.finish()?)
 }
 

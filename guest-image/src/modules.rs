@@ -9,8 +9,6 @@ use crate::elf::module_dependencies;
 use crate::error::{ImageError, at};
 use crate::initramfs::Initramfs;
 
-/// Where an image lists its modules in load order, one file name per line.
-const LIST_PATH: &str = "etc/modules.list";
 /// Where an image has its modules.
 const MODULES_DIRECTORY: &str = "lib/modules";
 
@@ -47,25 +45,25 @@ impl ModuleTree {
         Ok(Self { directory: directory.into(), files, builtin })
     }
 
-    /// Adds modules and what they depend on to an image, decompressed, under `/lib/modules`, and the list
-    /// of their file names in load order as `/etc/modules.list`. What is built into the kernel is left out.
+    /// Adds modules and what they depend on to an image, decompressed, under `/lib/modules`, and their file names in load
+    /// order, one per line, as the file `list`. What is built into the kernel is left out.
     ///
     /// # Errors
     /// [`ImageError::NoModule`] for an unknown one, and errors of reading and decompressing.
-    pub fn add_to(&self, image: &mut Initramfs, names: &[&str]) -> Result<Vec<String>, ImageError> {
+    pub fn add_to(&self, image: &mut Initramfs, list: &str, names: &[&str]) -> Result<Vec<String>, ImageError> {
         let mut loaded = BTreeSet::new();
         let mut modules = Vec::new();
         for name in names {
             self.visit(name, &mut loaded, &mut modules)?;
         }
-        let list: Vec<String> = modules.iter().map(|module| module.file_name.clone()).collect();
+        let file_names: Vec<String> = modules.iter().map(|module| module.file_name.clone()).collect();
         image.add_dir(MODULES_DIRECTORY, 0o755)?;
         for module in modules {
             image.add_file(&format!("{MODULES_DIRECTORY}/{}", module.file_name), 0o644, module.bytes)?;
         }
-        let text: String = list.iter().flat_map(|name| [name.as_str(), "\n"]).collect();
-        image.add_file(LIST_PATH, 0o644, text.into_bytes())?;
-        Ok(list)
+        let text: String = file_names.iter().flat_map(|name| [name.as_str(), "\n"]).collect();
+        image.add_file(list, 0o644, text.into_bytes())?;
+        Ok(file_names)
     }
 
     /// Depth first, dependencies before their users. Modules cannot depend on each other in a circle;
@@ -126,6 +124,8 @@ mod tests {
     use super::*;
     use crate::elf::module_with_modinfo;
 
+    const LIST: &str = "etc/modules.list";
+
     #[test]
     fn module_names_are_those_of_depends() {
         assert_eq!(module_name(Path::new("kernel/drivers/vfio/pci/vfio-pci-core.ko.xz")).unwrap(), "vfio_pci_core");
@@ -162,28 +162,37 @@ mod tests {
             ("unused.ko.xz", ""),
         ]);
         let mut image = Initramfs::new();
-        let list = tree.add_to(&mut image, &["vfio-pci", "vfio"]).unwrap();
+        let list = tree.add_to(&mut image, LIST, &["vfio-pci", "vfio"]).unwrap();
         assert_eq!(list, ["vfio.ko", "irqbypass.ko", "vfio-pci-core.ko", "vfio-pci.ko"]);
         let paths: Vec<_> = image.files().into_iter().map(|file| file.path).collect();
         assert_eq!(paths.len(), list.len() + 1, "{paths:?}");
         assert!(list.iter().all(|name| image.contains(&format!("lib/modules/{name}"))));
-        assert!(image.contains("etc/modules.list"));
+        assert!(image.contains(LIST));
     }
 
     #[test]
     fn modules_that_need_each_other_end_and_other_formats_are_named() {
         let (_directory, tree) = tree(&[("a.ko", "b"), ("b.ko", "a"), ("c.ko.zst", "")]);
-        assert_eq!(tree.add_to(&mut Initramfs::new(), &["a"]).unwrap(), ["b.ko", "a.ko"]);
-        let refusal = tree.add_to(&mut Initramfs::new(), &["c"]).unwrap_err().to_string();
+        assert_eq!(tree.add_to(&mut Initramfs::new(), LIST, &["a"]).unwrap(), ["b.ko", "a.ko"]);
+        let refusal = tree.add_to(&mut Initramfs::new(), LIST, &["c"]).unwrap_err().to_string();
         assert!(refusal.contains("c.ko.zst: only .ko"), "{refusal}");
+    }
+
+    #[test]
+    fn lists_for_different_times_share_files() {
+        let (_directory, tree) = tree(&[("a.ko", "b"), ("b.ko", ""), ("c.ko", "b")]);
+        let mut image = Initramfs::new();
+        assert_eq!(tree.add_to(&mut image, LIST, &["a"]).unwrap(), ["b.ko", "a.ko"]);
+        assert_eq!(tree.add_to(&mut image, "etc/later.list", &["c"]).unwrap(), ["b.ko", "c.ko"]);
+        assert_eq!(image.files().len(), 5);
     }
 
     #[test]
     fn what_is_built_in_is_left_out_and_what_is_missing_is_named() {
         let (_directory, tree) = tree(&[]);
         let mut image = Initramfs::new();
-        assert_eq!(tree.add_to(&mut image, &["virtio-pci"]).unwrap(), Vec::<String>::new());
-        let refusal = tree.add_to(&mut image, &["vfio-pci"]).unwrap_err().to_string();
+        assert_eq!(tree.add_to(&mut image, LIST, &["virtio-pci"]).unwrap(), Vec::<String>::new());
+        let refusal = tree.add_to(&mut image, LIST, &["vfio-pci"]).unwrap_err().to_string();
         assert!(refusal.ends_with("have no vfio_pci"), "{refusal}");
     }
 }
