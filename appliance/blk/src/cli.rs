@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::Parser;
 use vvu_back_end::listener::Endpoint;
+use vvu_back_end::rate_limit::Limits;
 
 use crate::daemon::{MAX_QUEUES, Options};
 use crate::device::SERIAL_LEN;
@@ -47,6 +48,19 @@ pub struct Cli {
     #[arg(long, value_name = "BYTES", value_parser = parse_alignment)]
     io_alignment: Option<u32>,
 
+    /// Most requests in a second; 0 is no limit.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    iops: u64,
+
+    /// Most bytes of data in a second; 0 is no limit.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    bandwidth: u64,
+
+    /// Create a socket at PATH on which limits are changed and counters asked for while the program runs: JSON lines, as
+    /// {"set-limits": {"operations_per_second": 100, "bytes_per_second": 0}} and {"query": {}}.
+    #[arg(long, value_name = "PATH")]
+    control: Option<PathBuf>,
+
     /// Print what the program can do, as JSON, and exit.
     #[arg(long)]
     pub print_capabilities: bool,
@@ -71,6 +85,8 @@ impl Cli {
             queues: self.queues,
             serial: self.serial,
             io_alignment: self.io_alignment,
+            limits: Limits { operations_per_second: self.iops, bytes_per_second: self.bandwidth },
+            control: self.control,
         })
     }
 }

@@ -70,6 +70,8 @@ counters! {
     starts,
     /// Times that the driver broke the ring.
     broken,
+    /// Times that the ring waited for the rate limit.
+    throttled,
 }
 
 /// One number.

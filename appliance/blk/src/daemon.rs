@@ -10,10 +10,12 @@ use std::time::Instant;
 use rustix::event::{PollFd, PollFlags, poll};
 use vvu_back_end::listener::{Endpoint, FrontEnds, ListenerError};
 use vvu_back_end::log_limit::LogLimit;
+use vvu_back_end::rate_limit::Limits;
 use vvu_back_end::signals::{Signals, Wish};
 use vvu_back_end::wakeup::Wakeup;
 use vvu_back_end::{Connection, Ending, SessionError, lost_memory};
 
+use crate::control;
 use crate::device::{Device, SERIAL_LEN};
 use crate::engine::Engine;
 use crate::image::{Image, ImageError};
@@ -37,6 +39,10 @@ pub struct Options {
     pub serial: String,
     /// Least alignment of direct I/O in bytes, for storage that needs more than it says: a power of two.
     pub io_alignment: Option<u32>,
+    /// What the driver may ask for at the most, to begin with.
+    pub limits: Limits,
+    /// Where the control channel listens.
+    pub control: Option<PathBuf>,
 }
 
 /// Why the program cannot go on.
@@ -68,10 +74,11 @@ pub fn run(options: &Options) -> Result<(), DaemonError> {
     lost_memory::install()?;
     let image = Image::open(&options.image, options.read_only, options.io_alignment)?;
     let wishes = Wishes::new(signals, &image);
-    let device = Arc::new(Device::new(image, serial_bytes(&options.serial), options.queues));
+    let device = Arc::new(Device::new(image, serial_bytes(&options.serial), options.queues, options.limits));
     // What has changed before there was somebody to see it.
     look_again(&device);
     Engine::probe(&device.image).map_err(|error| DaemonError::Engine(error.into()))?;
+    let _control = options.control.as_ref().map(|path| control::open(path, &device)).transpose()?;
     tracing::info!(endpoint = ?options.endpoint, queues = options.queues, "listening");
 
     let connections = LogLimit::default();

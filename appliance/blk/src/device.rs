@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
 
 use virtio_bindings::bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 use vvu_back_end::log_limit::LogLimit;
+use vvu_back_end::rate_limit::{Limits, RateLimit};
 use vvu_back_end::{ConfigWriter, DeviceError, Service, lost_memory};
 use vvu_protocol::features::{Features, ProtocolFeatures};
 
@@ -26,6 +28,8 @@ pub(crate) struct Device {
     pub(crate) image: Arc<Image>,
     pub(crate) serial: [u8; SERIAL_LEN],
     pub(crate) queues: u16,
+    /// For all queues together.
+    pub(crate) rate_limit: RateLimit,
     pub(crate) counters: DeviceCounters,
     /// For what the driver or the front-end can cause.
     pub(crate) peer_log: LogLimit,
@@ -38,11 +42,12 @@ pub(crate) struct Device {
 }
 
 impl Device {
-    pub(crate) fn new(image: Image, serial: [u8; SERIAL_LEN], queues: u16) -> Self {
+    pub(crate) fn new(image: Image, serial: [u8; SERIAL_LEN], queues: u16, limits: Limits) -> Self {
         Self {
             image: Arc::new(image),
             serial,
             queues,
+            rate_limit: RateLimit::new(limits, Instant::now()),
             counters: DeviceCounters::new(queues),
             peer_log: LogLimit::default(),
             storage_log: LogLimit::default(),

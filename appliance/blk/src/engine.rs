@@ -24,6 +24,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use io_uring::squeue::Flags;
 use io_uring::types::{CancelBuilder, Fd, Fixed, FsyncFlags, SubmitArgs, Timespec};
@@ -286,12 +287,18 @@ impl Engine {
         unsafe { self.ring.submission().push(&entry) }.map_err(|_full| EngineError::Full)
     }
 
-    /// Hands the started operations to the kernel and waits until something is complete.
-    pub(crate) fn wait(&mut self) -> Result<(), EngineError> {
+    /// Hands the started operations to the kernel and waits until something is complete, or for `limit`.
+    pub(crate) fn wait(&mut self, limit: Option<Duration>) -> Result<(), EngineError> {
+        let limit = limit.map(Timespec::from);
         loop {
-            match self.ring.submit_and_wait(1) {
+            let waited = match &limit {
+                Some(limit) => self.ring.submitter().submit_with_args(1, &SubmitArgs::new().timespec(limit)),
+                None => self.ring.submit_and_wait(1),
+            };
+            match waited {
                 Ok(_) => return Ok(()),
                 Err(error) => match error.raw_os_error() {
+                    Some(libc::ETIME) => return Ok(()),
                     Some(libc::EINTR) => {}
                     // Short of memory or of room for completions: take some, then try again.
                     Some(libc::EAGAIN | libc::EBUSY) if !self.ring.completion().is_empty() => return Ok(()),
@@ -421,7 +428,7 @@ impl Engine {
             self.push_untracked(opcode::AsyncCancel2::new(CancelBuilder::any()).build().user_data(TAG_UNTRACKED))?;
         }
         while self.pending > 0 {
-            self.wait()?;
+            self.wait(None)?;
             self.take_completions()?;
         }
         Ok(())

@@ -12,7 +12,7 @@
 //! - unsafe: `engine` (io_uring, with `transfer`)
 //! - one queue: `worker` (its thread), `execution` (its requests)
 //! - the device: `device`, `image`, `write_gate`, `counters`
-//! - the program: `cli`, `daemon`, `size_events`
+//! - the program: `cli`, `daemon`, `control`, `size_events`
 //!
 //! Messages, rings and what keeps requests from being lost are those of `vvu-back-end`, as are listening, signals and lost memory.
 
@@ -20,6 +20,7 @@ mod aligned_buffer;
 mod bounce;
 pub mod cli;
 mod config_space;
+mod control;
 mod counters;
 pub mod daemon;
 mod device;

@@ -2,9 +2,9 @@
 //! and gives the ring back when it is stopped, with nothing in flight.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use vvu_back_end::{Chain, Ring, RingError, Segment, Service};
+use vvu_back_end::{Chain, Ring, RingError, Segment, Service, total_len};
 
 use crate::config_space::SEG_MAX;
 use crate::counters::QueueCounters;
@@ -83,10 +83,35 @@ enum Intake {
     Waiting,
     /// There may be heads to take right now.
     Ready,
+    /// At this time: the rate limit has to give something first.
+    Throttled(Instant),
     /// After the next wakeup: the front-end has to give something first.
     Paused,
     /// The driver broke the ring; only a restart helps.
     Broken,
+}
+
+impl Intake {
+    /// How long an event is waited for at the most.
+    fn time_left(self) -> Option<Duration> {
+        match self {
+            Self::Throttled(time) => Some(time.saturating_duration_since(Instant::now())),
+            _ => None,
+        }
+    }
+
+    /// What it is when its time has come.
+    fn at_its_time(self) -> Self {
+        if self.time_left() == Some(Duration::ZERO) { Self::Ready } else { self }
+    }
+}
+
+/// Whether a request was taken from the ring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Taken {
+    Yes,
+    /// It is worth trying again at this time.
+    Later(Instant),
 }
 
 impl Worker<'_> {
@@ -113,8 +138,8 @@ impl Worker<'_> {
             if intake == Intake::Ready && !stopping {
                 self.executor.engine.do_not_block()?;
             }
-            self.executor.engine.wait()?;
-            intake = self.handle_completions(intake)?;
+            self.executor.engine.wait(intake.time_left())?;
+            intake = self.handle_completions(intake.at_its_time())?;
         }
     }
 
@@ -175,15 +200,24 @@ impl Worker<'_> {
             Ok(count) => count,
             Err(error) => return self.pause_or_break(error),
         };
+        let mut throttled = None;
         for _ in 0..count {
             match self.take_request()? {
-                Ok(()) => {}
+                Ok(Taken::Yes) => {}
+                Ok(Taken::Later(time)) => {
+                    throttled = Some(time);
+                    break;
+                }
                 Err(Fault::Ring(error)) => return self.pause_or_break(error),
                 Err(fault) => return self.break_ring(&fault),
             }
         }
         if std::mem::take(&mut self.pauses) {
             self.service.resume();
+        }
+        if let Some(time) = throttled {
+            self.counters.throttled.add(1);
+            return Ok(Intake::Throttled(time));
         }
         match self.ring.as_mut().map(Ring::listen) {
             Some(Ok(true)) => Ok(Intake::Ready),
@@ -192,8 +226,9 @@ impl Worker<'_> {
         }
     }
 
-    fn take_request(&mut self) -> Result<Result<(), Fault>, EngineError> {
-        let Some(ring) = &mut self.ring else { return Ok(Ok(())) };
+    /// Takes the next request, if the rate limit admits it; if not, it stays in the ring.
+    fn take_request(&mut self) -> Result<Result<Taken, Fault>, EngineError> {
+        let Some(ring) = &mut self.ring else { return Ok(Ok(Taken::Yes)) };
         let head = match ring.peek() {
             Ok(head) => head,
             Err(error) => return Ok(Err(error.into())),
@@ -204,9 +239,12 @@ impl Worker<'_> {
         let memory = ring.view().memory();
         match Request::parse(memory.as_ref(), &mut self.chain, &mut self.data) {
             Ok(request) => {
+                if let Err(time) = self.device.rate_limit.take(1, total_len(&self.data), Instant::now()) {
+                    return Ok(Ok(Taken::Later(time)));
+                }
                 let memory = Arc::clone(memory);
                 ring.take(head);
-                self.executor.start(head, request, &memory, &mut self.data).map(Ok)
+                self.executor.start(head, request, &memory, &mut self.data).map(|()| Ok(Taken::Yes))
             }
             Err(source) => Ok(Err(Fault::Request { head, source })),
         }

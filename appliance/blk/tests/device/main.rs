@@ -18,6 +18,7 @@ mod hostile;
 mod inflight;
 mod iommu;
 mod lifecycle;
+mod limits;
 mod process;
 mod requests;
 mod resize;
