@@ -52,7 +52,7 @@ fn line(check: &Check) -> String {
 /// # Errors
 /// The report cannot be written.
 pub(crate) async fn check(args: &CheckArgs) -> anyhow::Result<ExitCode> {
-    let memory = default_memory(DEFAULT_WINDOW);
+    let memory = default_memory(DEFAULT_WINDOW, 1);
     let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let mut checks = vec![host_checks::kvm(&KvmState::of_this_host())];
     checks.extend(qemu(programs::find_qemu(args.qemu.as_deref())).await);
@@ -76,7 +76,7 @@ async fn qemu(found: anyhow::Result<PathBuf>) -> Vec<Check> {
     };
     let facts = match host_checks::scratch_image() {
         // The file lives until QEMU has tried to open it.
-        Ok((_file, image)) => probe::probe(&path, &image).await,
+        Ok((_file, image)) => probe::probe(&path, &[&image]).await,
         Err(error) => return vec![Check::failed("disk-io", format!("{error:#}"), "make room in it")],
     };
     host_checks::qemu(&facts, &path)

@@ -89,15 +89,6 @@ impl Child {
         let _ = self.process.start_kill();
     }
 
-    /// Asks the child to end with SIGTERM and kills it if it has not ended after `grace`.
-    ///
-    /// # Errors
-    /// The system does not tell the child's state.
-    pub(crate) async fn end(&mut self, grace: Duration) -> anyhow::Result<ExitStatus> {
-        self.terminate();
-        self.ended_within(grace).await
-    }
-
     /// Waits for the child's end and kills it if it has not ended after `grace`.
     ///
     /// # Errors
@@ -139,11 +130,13 @@ mod tests {
     use std::os::unix::process::ExitStatusExt;
 
     use super::*;
+    use crate::supervisor::PortId;
 
     fn shell(script: &str) -> Child {
         let mut command = Command::new("/bin/sh");
         command.args(["-c", script]);
-        Child::spawn("shell", command, Source::Bridge, Some(Source::Bridge), &Output::discard()).unwrap()
+        Child::spawn("shell", command, Source::Bridge(PortId(0)), Some(Source::Bridge(PortId(0))), &Output::discard())
+            .unwrap()
     }
 
     #[tokio::test]
@@ -151,7 +144,8 @@ mod tests {
         let mut child = shell("echo out; echo err >&2; exit 3");
         assert_eq!(child.exited().await.unwrap().code(), Some(3));
         assert_eq!(child.last_lines().await, ["out", "err"]);
-        assert_eq!(child.end(Duration::ZERO).await.unwrap().code(), Some(3));
+        child.terminate();
+        assert_eq!(child.ended_within(Duration::ZERO).await.unwrap().code(), Some(3));
     }
 
     #[tokio::test]
@@ -160,7 +154,8 @@ mod tests {
         while child.logs[0].tail().is_empty() {
             tokio::task::yield_now().await;
         }
-        let status = child.end(Duration::from_millis(50)).await.unwrap();
+        child.terminate();
+        let status = child.ended_within(Duration::from_millis(50)).await.unwrap();
         assert_eq!(status.signal(), Some(9));
     }
 }

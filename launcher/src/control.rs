@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::supervisor::ApplianceId;
+use crate::supervisor::{ApplianceId, PortId};
 
 /// Longest line of either side in bytes, without its end: a path of 4096 bytes that is all escapes fits.
 pub(crate) const MAX_LINE_BYTES: usize = 32 * 1024;
@@ -90,7 +90,9 @@ impl Reply {
 pub(crate) struct Status {
     /// `starting`, `serving`, `replacing`, `restarting` or `ending`.
     pub(crate) state: String,
-    /// The bridge's state in words.
+    /// What is served: `blk`, `net` or `exec`.
+    pub(crate) class: String,
+    /// The state of the first port's bridge in words.
     pub(crate) text: String,
     /// Who runs.
     pub(crate) pids: LivePids,
@@ -104,10 +106,14 @@ pub(crate) struct Status {
     pub(crate) last_pause_us: Option<u64>,
     /// Milliseconds since the start of the run.
     pub(crate) uptime_ms: u64,
-    /// The disk.
-    pub(crate) image: ImageStatus,
-    /// Absolute path of the vhost-user socket.
+    /// The disk that is served, if it is one: the first of `disks`.
+    pub(crate) image: Option<ImageStatus>,
+    /// Disks of the appliance VM.
+    pub(crate) disks: Vec<ImageStatus>,
+    /// Absolute path of the first port's vhost-user socket.
     pub(crate) socket: String,
+    /// Where it is served.
+    pub(crate) ports: Vec<PortStatus>,
     /// Absolute path of the appliance image's directory.
     pub(crate) appliance_dir: PathBuf,
     /// Private directory of the run.
@@ -119,7 +125,7 @@ pub(crate) struct Status {
 pub(crate) struct LivePids {
     /// The run itself.
     pub(crate) vvu: u32,
-    /// The bridge.
+    /// The first port's bridge.
     pub(crate) bridge: Option<u32>,
     /// The QEMU of the appliance VM in use.
     pub(crate) qemu: Option<u32>,
@@ -136,6 +142,21 @@ pub(crate) struct ApplianceStatus {
     pub(crate) qmp: PathBuf,
     /// A FIFO: what is written to it comes in on the serial console, the chardev `console`.
     pub(crate) console: PathBuf,
+}
+
+/// A port.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct PortStatus {
+    /// Its number, from 0.
+    pub(crate) port: PortId,
+    /// Absolute path of the vhost-user socket.
+    pub(crate) socket: String,
+    /// Queues, or queue pairs of a network device.
+    pub(crate) queues: u16,
+    /// Process id of its bridge.
+    pub(crate) bridge: Option<u32>,
+    /// The bridge's state in words.
+    pub(crate) text: String,
 }
 
 /// A disk image.

@@ -5,6 +5,7 @@ use std::process::ExitStatus;
 use std::time::Duration;
 
 use crate::events::Event;
+use crate::supervisor::PortId;
 
 /// Failures that QEMU reports in its own words, and what they mean for the operator.
 const KNOWN_FAILURES: [(&str, &str); 1] =
@@ -91,14 +92,15 @@ impl Ending {
         Self::failure("not-ready", format!("{what} after {} s", limit.as_secs()), death.into_last_lines())
     }
 
-    /// The bridge ended by itself.
-    pub(crate) fn bridge_ended(death: Death, had_appliance: bool) -> Self {
+    /// The bridge ended by itself; `port` tells which, if there are several.
+    pub(crate) fn bridge_ended(death: Death, port: Option<PortId>, had_appliance: bool) -> Self {
         let (status, last_lines) = match death {
             Death::Ended { status, last_lines } => (status, last_lines),
             Death::NotStarted(message) => return Self::not_started(message),
         };
         let consequence = if had_appliance { "its appliance VM was killed" } else { "no appliance VM was started" };
-        let message = format!("the bridge ended ({status}), {consequence}");
+        let which = port.map(|port| format!(" of port {port}")).unwrap_or_default();
+        let message = format!("the bridge{which} ended ({status}), {consequence}");
         Self::failure("bridge-ended", message, last_lines)
     }
 

@@ -5,7 +5,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::accel::Accel;
-use crate::supervisor::ApplianceId;
+use crate::supervisor::{ApplianceId, PortId};
 use crate::vmm_lines::VmmLines;
 
 /// Who wrote a log line.
@@ -13,8 +13,8 @@ use crate::vmm_lines::VmmLines;
 pub(crate) enum Source {
     /// An appliance's serial console.
     Appliance(ApplianceId),
-    /// The bridge's standard error.
-    Bridge,
+    /// The standard error of a port's bridge.
+    Bridge(PortId),
     /// The standard error of an appliance's QEMU.
     Qemu(ApplianceId),
 }
@@ -27,23 +27,26 @@ impl Source {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Appliance(_) => "appliance",
-            Self::Bridge => "bridge",
+            Self::Bridge(_) => "bridge",
             Self::Qemu(_) => "qemu",
         }
     }
 
-    /// What tells it from others of its kind: the number of an appliance VM that is not the run's first.
-    pub(crate) fn number(self) -> Option<ApplianceId> {
+    /// What tells it from others of its kind, if it is not the first: the appliance VM's number or the port's.
+    pub(crate) fn owner(self) -> Option<String> {
         match self {
-            Self::Appliance(id) | Self::Qemu(id) => Some(id).filter(|id| id.0 > 1),
-            Self::Bridge => None,
+            Self::Appliance(id) | Self::Qemu(id) => (id.0 > 1).then(|| format!("appliance {id}")),
+            Self::Bridge(port) => (port.0 > 0).then(|| format!("port {port}")),
         }
     }
 
     /// What stands before its lines where several sources are mixed.
     pub(crate) fn prefix(self) -> String {
-        let number = self.number().map(|number| format!(" {number}")).unwrap_or_default();
-        format!("{}{number}", self.name())
+        match self {
+            Self::Appliance(id) | Self::Qemu(id) if id.0 > 1 => format!("{} {id}", self.name()),
+            Self::Bridge(port) if port.0 > 0 => format!("{} {port}", self.name()),
+            _ => self.name().to_owned(),
+        }
     }
 }
 
@@ -52,16 +55,42 @@ impl Source {
 pub(crate) struct Pids {
     /// This process.
     pub(crate) vvu: u32,
-    /// The bridge.
+    /// The first port's bridge.
     pub(crate) bridge: u32,
     /// The appliance VM's QEMU.
     pub(crate) qemu: u32,
 }
 
+/// A port of a run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(crate) struct PortFacts {
+    /// Its number, from 0.
+    pub(crate) port: PortId,
+    /// Absolute path of the vhost-user socket.
+    pub(crate) socket: String,
+    /// Identity of the device set.
+    pub(crate) uuid: String,
+    /// Queues, or queue pairs of a network device.
+    pub(crate) queues: u16,
+}
+
+/// A disk of the appliance VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(crate) struct DiskFacts {
+    /// Absolute path of the image.
+    pub(crate) image: String,
+    /// Its size in bytes.
+    pub(crate) image_bytes: u64,
+    /// Whether writes are refused.
+    pub(crate) read_only: bool,
+    /// How QEMU submits the disk's requests.
+    pub(crate) disk_io: String,
+}
+
 /// When each step was reached, in milliseconds since `vvu` started.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub(crate) struct TimingsMs {
-    /// The bridge's sockets accept connections.
+    /// The last bridge's sockets accept connections.
     pub(crate) bridge_listening: u64,
     /// QEMU was started.
     pub(crate) qemu_started: u64,
@@ -69,45 +98,49 @@ pub(crate) struct TimingsMs {
     pub(crate) ready: u64,
 }
 
+/// What a run serves, and how.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Starting {
+    /// What is served.
+    pub(crate) class: &'static str,
+    /// The disk that is served, if it is one: the first of `disks`.
+    #[serde(flatten)]
+    pub(crate) disk: Option<DiskFacts>,
+    /// Disks of the appliance VM.
+    pub(crate) disks: Vec<DiskFacts>,
+    /// The first of `ports`.
+    #[serde(flatten)]
+    pub(crate) first: Option<PortFacts>,
+    /// Where it is served.
+    pub(crate) ports: Vec<PortFacts>,
+    /// Size of each window in bytes.
+    pub(crate) window_bytes: u64,
+    /// The appliance's own memory in bytes.
+    pub(crate) memory_bytes: u64,
+    /// The appliance's CPUs.
+    pub(crate) cpus: u16,
+    /// How the appliance is run.
+    pub(crate) accel: Accel,
+    /// Why so.
+    pub(crate) accel_reason: String,
+    /// QEMU's version.
+    pub(crate) qemu_version: String,
+    /// Private directory of this run.
+    pub(crate) runtime_dir: String,
+    /// Socket for the commands that act on this run.
+    pub(crate) control: String,
+}
+
 /// One event of a run; the `event` field of its JSON form is the variant's name in kebab case.
 #[derive(Debug, Clone, Serialize)]
 #[serde(tag = "event", rename_all = "kebab-case")]
 pub(crate) enum Event {
     /// All checks passed; the children are started next.
-    Starting {
-        /// Absolute path of the image.
-        image: String,
-        /// Its size in bytes.
-        image_bytes: u64,
-        /// Whether writes are refused.
-        read_only: bool,
-        /// Absolute path of the socket for the driver VM's VMM.
-        socket: String,
-        /// Identity of the device set.
-        uuid: String,
-        /// Request queues.
-        queues: u16,
-        /// Size of the window in bytes.
-        window_bytes: u64,
-        /// The appliance's own memory in bytes.
-        memory_bytes: u64,
-        /// The appliance's CPUs.
-        cpus: u16,
-        /// How the appliance is run.
-        accel: Accel,
-        /// Why so.
-        accel_reason: String,
-        /// QEMU's version.
-        qemu_version: String,
-        /// How QEMU submits the disk's requests.
-        disk_io: String,
-        /// Private directory of this run.
-        runtime_dir: String,
-        /// Socket for the commands that act on this run.
-        control: String,
-    },
-    /// The bridge told its state.
+    Starting(Box<Starting>),
+    /// A bridge told its state.
     Status {
+        /// Whose bridge.
+        port: PortId,
         /// The state in words.
         text: String,
         /// Milliseconds since `vvu` started.
@@ -128,7 +161,7 @@ pub(crate) enum Event {
     Active {
         /// Which one.
         appliance: ApplianceId,
-        /// The front-end's pause in microseconds, if there was one.
+        /// The front-end's pause in microseconds, if there was one; the longest if there are several ports.
         pause_us: Option<u64>,
     },
     /// The appliance VM in use, or the one that was to be, is gone.
@@ -142,7 +175,7 @@ pub(crate) enum Event {
         /// Whether another takes its place.
         restart: bool,
     },
-    /// The bridge is gone; its appliance VMs are killed.
+    /// A bridge is gone; its appliance VMs are killed.
     BridgeLost {
         /// What happened, in one line.
         reason: String,
@@ -167,10 +200,12 @@ pub(crate) enum Event {
         /// Which appliance.
         appliance: ApplianceId,
     },
-    /// A line of the bridge's log.
+    /// A line of a bridge's log.
     BridgeLog {
         /// The line, printable.
         line: String,
+        /// Whose bridge.
+        port: PortId,
     },
     /// A line that a QEMU wrote.
     QemuLog {
@@ -197,7 +232,7 @@ impl Event {
     pub(crate) fn of_log(source: Source, line: String) -> Self {
         match source {
             Source::Appliance(appliance) => Self::ApplianceLog { line, appliance },
-            Source::Bridge => Self::BridgeLog { line },
+            Source::Bridge(port) => Self::BridgeLog { line, port },
             Source::Qemu(appliance) => Self::QemuLog { line, appliance },
         }
     }

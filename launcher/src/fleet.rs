@@ -1,11 +1,12 @@
-//! The processes of a run: its bridge and its appliance VMs, of which there are two while one replaces the other.
+//! The processes of a run: a bridge for each port and the appliance VMs, of which there are two while one replaces the other.
 //!
-//! Each appliance VM has files of its own in the runtime directory, which vanish with it: the QMP socket, which QEMU makes,
-//! and a FIFO that is QEMU's standard input, and so the serial console's.
+//! Each bridge has a directory of its own in the runtime directory. Each appliance VM has files there, which vanish with it: the
+//! QMP socket, which QEMU makes, and a FIFO that is QEMU's standard input, and so the serial console's.
 
 use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
+use std::fs::{DirBuilder, File, OpenOptions};
 use std::future::{Future, poll_fn};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::process::{ExitStatus, Stdio};
@@ -21,24 +22,25 @@ use crate::control::ApplianceStatus;
 use crate::ending::Death;
 use crate::events::Source;
 use crate::inherit::keep_open;
+use crate::notify::NotifySocket;
 use crate::output::Output;
-use crate::plan::Plan;
+use crate::plan::{Machine, Plan, Port};
 use crate::programs::ApplianceFiles;
-use crate::qemu_args::{ApplianceVm, BRIDGE_SOCKETS, qmp_socket};
+use crate::qemu_args::{ApplianceVm, BRIDGE_SOCKETS, CONFIG_FILE, port_dir, qmp_socket};
 use crate::runtime_dir::RuntimeDir;
-use crate::supervisor::{APPLIANCE_GRACE, ApplianceId};
+use crate::supervisor::{APPLIANCE_GRACE, ApplianceId, PortId};
 
-/// Time for the bridge to disconnect its front-end after SIGTERM.
+/// Time for a bridge to disconnect its front-end after SIGTERM.
 const BRIDGE_GRACE: Duration = Duration::from_secs(5);
 
-/// Name of the notification socket in the runtime directory.
-pub(crate) const NOTIFY_SOCKET: &str = "notify.sock";
+/// Name of the notification socket in a bridge's directory.
+const NOTIFY_SOCKET: &str = "notify.sock";
 
 /// One of the processes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Member {
-    /// The bridge.
-    Bridge,
+    /// A port's bridge.
+    Bridge(PortId),
     /// An appliance VM's QEMU.
     Appliance(ApplianceId),
 }
@@ -48,32 +50,51 @@ pub(crate) enum Member {
 pub(crate) struct Fleet<'a> {
     directory: &'a RuntimeDir,
     output: &'a Output,
-    bridge: Option<Child>,
+    bridges: BTreeMap<PortId, Child>,
     appliances: BTreeMap<ApplianceId, Child>,
 }
 
 impl<'a> Fleet<'a> {
     /// Nobody yet.
     pub(crate) fn new(directory: &'a RuntimeDir, output: &'a Output) -> Self {
-        Self { directory, output, bridge: None, appliances: BTreeMap::new() }
+        Self { directory, output, bridges: BTreeMap::new(), appliances: BTreeMap::new() }
     }
 
-    /// Starts the bridge. Sockets of an earlier one that was killed are removed; nobody of the run may live.
+    /// Makes the directories of all bridges and the sockets on which these will tell what they do.
+    ///
+    /// # Errors
+    /// The system refuses one.
+    pub(crate) fn listen_to_bridges(&self, plan: &Plan) -> anyhow::Result<Vec<NotifySocket>> {
+        let socket = |number| {
+            let directory = self.port_dir(PortId(number));
+            DirBuilder::new().mode(0o700).create(&directory).context("cannot write to the runtime directory")?;
+            NotifySocket::bind(&directory.join(NOTIFY_SOCKET)).context("cannot bind the notification socket")
+        };
+        (0..).zip(&plan.ports).map(|(number, _)| socket(number)).collect()
+    }
+
+    /// Starts the bridge of a port. Sockets of an earlier one that was killed are removed; no appliance VM may live.
     ///
     /// # Errors
     /// The program cannot be started.
-    pub(crate) fn start_bridge(&mut self, plan: &Plan) -> anyhow::Result<()> {
+    pub(crate) fn start_bridge(&mut self, number: PortId, port: &Port, machine: &Machine) -> anyhow::Result<()> {
+        let directory = self.port_dir(number);
         for socket in BRIDGE_SOCKETS {
             // Mostly there is none.
-            let _ = std::fs::remove_file(self.directory.path().join(socket));
+            let _ = std::fs::remove_file(directory.join(socket));
         }
-        let mut command = Command::new(&plan.bridge);
-        command.args(["--socket-path", &plan.socket, "--appliance-dir", self.directory.text(), "--uuid", &plan.uuid]);
-        command.args(["--class", "blk", "--queues", &plan.queues.to_string(), "--window", &plan.window.0.to_string()]);
+        let mut command = Command::new(&machine.bridge);
+        command.args(["--socket-path", &port.socket, "--uuid", &port.uuid, "--appliance-dir"]).arg(&directory);
+        command.args(["--queues", &port.vrings.to_string(), "--window", &machine.window.0.to_string()]);
         command.arg("--exit-with-parent").stdin(Stdio::null());
-        command.env("NOTIFY_SOCKET", self.directory.path().join(NOTIFY_SOCKET)).env("RUST_LOG", &plan.log);
-        self.bridge = Some(Child::spawn("bridge", command, Source::Bridge, None, self.output)?);
+        command.env("NOTIFY_SOCKET", directory.join(NOTIFY_SOCKET)).env("RUST_LOG", &machine.log);
+        let child = Child::spawn("bridge", command, Source::Bridge(number), None, self.output)?;
+        self.bridges.insert(number, child);
         Ok(())
+    }
+
+    fn port_dir(&self, port: PortId) -> PathBuf {
+        self.directory.path().join(port_dir(port))
     }
 
     /// Starts an appliance VM from the image `files`.
@@ -86,24 +107,24 @@ impl<'a> Fleet<'a> {
         plan: &Plan,
         files: &ApplianceFiles,
     ) -> anyhow::Result<()> {
+        let machine = &plan.machine;
         let vm = ApplianceVm {
-            accel: plan.accel,
-            memory: plan.memory,
-            cpus: plan.cpus,
-            queues: plan.queues,
-            uuid: &plan.uuid,
+            accel: machine.accel,
+            memory: machine.memory,
+            cpus: machine.cpus,
+            ports: &plan.ports,
             id,
-            append: plan.append.as_deref(),
+            append: machine.append.as_deref(),
             runtime_dir: self.directory.text(),
             kernel: &files.kernel,
             initrd: &files.initrd,
-            image: &plan.image,
-            disk_io: plan.disk_io,
+            disks: &plan.disks,
         };
+        self.write_config(plan)?;
         let console = new_fifo(&self.console(id))?;
-        let mut command = Command::new(&plan.qemu);
+        let mut command = Command::new(&machine.qemu);
         command.args(vm.arguments()).env_remove("NOTIFY_SOCKET").stdin(console);
-        if let Some(lock) = &plan.image_lock {
+        for lock in plan.disks.iter().filter_map(|disk| disk.lock.as_ref()) {
             keep_open(&mut command, lock.file());
         }
         let child = Child::spawn("QEMU", command, Source::Qemu(id), Some(Source::Appliance(id)), self.output);
@@ -112,6 +133,13 @@ impl<'a> Fleet<'a> {
         }
         self.appliances.insert(id, child?);
         Ok(())
+    }
+
+    /// Writes the document for the agent as it is now. QEMU reads it at its start, and one starts at a time.
+    fn write_config(&self, plan: &Plan) -> anyhow::Result<()> {
+        let document = plan.config.to_json().context("cannot write the appliance's configuration")?;
+        std::fs::write(self.directory.path().join(CONFIG_FILE), document)
+            .context("cannot write to the runtime directory")
     }
 
     /// Waits for the next death. May be dropped at any time without losing one.
@@ -126,7 +154,7 @@ impl<'a> Fleet<'a> {
             None => Death::NotStarted("it was never started".to_owned()),
         };
         match member {
-            Member::Bridge => drop(self.bridge.take()),
+            Member::Bridge(port) => drop(self.bridges.remove(&port)),
             Member::Appliance(id) => {
                 drop(self.appliances.remove(&id));
                 self.remove_files(id);
@@ -135,7 +163,7 @@ impl<'a> Fleet<'a> {
         Ok((member, death))
     }
 
-    /// Waits until one has ended. An appliance VM comes before the bridge: if both have ended, a bridge of its own accord
+    /// Waits until one has ended. An appliance VM comes before a bridge: if both have ended, a bridge of its own accord
     /// mostly went because QEMU did.
     async fn next_exit(&mut self) -> anyhow::Result<(Member, ExitStatus)> {
         type Exit<'b> = (Member, Pin<Box<dyn Future<Output = anyhow::Result<ExitStatus>> + 'b>>);
@@ -143,8 +171,11 @@ impl<'a> Fleet<'a> {
             .appliances
             .iter_mut()
             .map(|(id, child)| -> Exit<'_> { (Member::Appliance(*id), Box::pin(child.exited())) });
-        let bridge = self.bridge.iter_mut().map(|child| -> Exit<'_> { (Member::Bridge, Box::pin(child.exited())) });
-        let mut exits: Vec<Exit<'_>> = appliances.chain(bridge).collect();
+        let bridges = self
+            .bridges
+            .iter_mut()
+            .map(|(port, child)| -> Exit<'_> { (Member::Bridge(*port), Box::pin(child.exited())) });
+        let mut exits: Vec<Exit<'_>> = appliances.chain(bridges).collect();
         poll_fn(move |context| {
             for (member, exit) in &mut exits {
                 if let Poll::Ready(status) = exit.as_mut().poll(context) {
@@ -158,7 +189,7 @@ impl<'a> Fleet<'a> {
 
     fn child(&mut self, member: Member) -> Option<&mut Child> {
         match member {
-            Member::Bridge => self.bridge.as_mut(),
+            Member::Bridge(port) => self.bridges.get_mut(&port),
             Member::Appliance(id) => self.appliances.get_mut(&id),
         }
     }
@@ -180,7 +211,7 @@ impl<'a> Fleet<'a> {
     /// Process id of one that lives.
     pub(crate) fn pid(&self, member: Member) -> Option<u32> {
         match member {
-            Member::Bridge => self.bridge.as_ref().map(Child::pid),
+            Member::Bridge(port) => self.bridges.get(&port).map(Child::pid),
             Member::Appliance(id) => self.appliances.get(&id).map(Child::pid),
         }
     }
@@ -207,8 +238,8 @@ impl<'a> Fleet<'a> {
         }
     }
 
-    /// Ends all in order: the appliance VMs first, so that nothing works in the driver VM's memory any more, then the
-    /// bridge. May be dropped; [`Fleet::kill_all`] does the rest.
+    /// Ends all in order: the appliance VMs first, so that nothing works in a driver VM's memory any more, then the
+    /// bridges. May be dropped; [`Fleet::kill_all`] does the rest.
     ///
     /// # Errors
     /// The system does not tell a child's state.
@@ -219,15 +250,18 @@ impl<'a> Fleet<'a> {
         for child in self.appliances.values_mut() {
             child.ended_within(APPLIANCE_GRACE).await?;
         }
-        if let Some(bridge) = self.bridge.as_mut() {
-            bridge.end(BRIDGE_GRACE).await?;
+        for bridge in self.bridges.values() {
+            bridge.terminate();
+        }
+        for bridge in self.bridges.values_mut() {
+            bridge.ended_within(BRIDGE_GRACE).await?;
         }
         Ok(())
     }
 
     /// Kills who still lives and waits for the rest of all output, so that it is written before the run's end is told.
     pub(crate) async fn kill_all(&mut self) {
-        for child in self.appliances.values_mut().chain(self.bridge.as_mut()) {
+        for child in self.appliances.values_mut().chain(self.bridges.values_mut()) {
             // A child whose state cannot be told is killed again when it is dropped.
             let _ = child.kill().await;
             child.last_lines().await;

@@ -10,6 +10,7 @@ use crate::accel::KvmState;
 use crate::image::Image;
 use crate::probe::{MIN_VERSION, QemuFacts, REMEDY};
 use crate::programs::ApplianceFiles;
+use crate::qemu_args::DiskIo;
 use crate::runtime_dir::RuntimeDir;
 use crate::size::{KIB, Size};
 
@@ -105,12 +106,13 @@ pub(crate) fn qemu(found: &anyhow::Result<QemuFacts>, path: &Path) -> Vec<Check>
         false => Check::failed("qemu-exit-with-parent", "no -run-with exit-with-parent", REMEDY),
     };
     let sandbox = Check::ok("qemu-sandbox", "QEMU runs inside its seccomp sandbox");
-    vec![age, devices, parent, sandbox, disk_io(facts)]
+    let disk_io = facts.disk_io.iter().map(disk_io);
+    [age, devices, parent, sandbox].into_iter().chain(disk_io).collect()
 }
 
-fn disk_io(facts: &QemuFacts) -> Check {
+fn disk_io(tried: &Result<DiskIo, String>) -> Check {
     let id = "disk-io";
-    match &facts.disk_io {
+    match tried {
         Ok(way) if way.aio == "io_uring" => Check::ok(id, "io_uring works inside the sandbox"),
         Ok(way) => Check::warning(
             id,

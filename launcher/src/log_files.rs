@@ -44,11 +44,11 @@ impl LogFiles {
         Ok(Self { started, files })
     }
 
-    /// Writes one line with the seconds since the start before it, and the number of an appliance VM that is not the first.
+    /// Writes one line with the seconds since the start before it, and whose it is if that is not the first of its kind.
     pub(crate) fn write(&mut self, source: Source, line: &str) -> io::Result<()> {
         let Some(log) = self.files.get_mut(source.name()) else { return Ok(()) };
-        let number = source.number().map(|number| format!("appliance {number}: ")).unwrap_or_default();
-        let text = format!("[{:>10.3}] {number}{line}\n", self.started.elapsed().as_secs_f64());
+        let owner = source.owner().map(|owner| format!("{owner}: ")).unwrap_or_default();
+        let text = format!("[{:>10.3}] {owner}{line}\n", self.started.elapsed().as_secs_f64());
         if log.len_bytes >= MAX_LOG_FILE_BYTES {
             std::fs::rename(&log.path, log.path.with_extension("log.1"))?;
             log.file = File::create(&log.path)?;

@@ -277,7 +277,8 @@ mod tests {
     async fn the_tail_holds_the_last_lines_also_of_a_flood() {
         let text = (0..BURST_LINES + 100).map(|number| format!("line {number}\n")).collect::<String>();
         let output = Output::discard();
-        let mut log = Log::follow(std::io::Cursor::new(text.into_bytes()), Source::Bridge, output);
+        let mut log =
+            Log::follow(std::io::Cursor::new(text.into_bytes()), Source::Bridge(crate::supervisor::PortId(0)), output);
         log.drain(Duration::from_secs(10)).await;
         let tail = log.tail();
         assert_eq!(tail.len(), TAIL_LINES);

@@ -1,6 +1,6 @@
 //! `vvu`: the operator's command.
 //!
-//! It serves one virtio device from an appliance VM (`vvu run`), acts on a device that runs (`vvu status`, `upgrade`,
+//! It serves virtio devices from an appliance VM (`vvu run`), acts on a device that runs (`vvu status`, `upgrade`,
 //! `restart`, `resize`) and tells whether a host can serve one (`vvu check`). Operators and service managers use it; so does
 //! the project's demo, as everybody else would.
 //!
@@ -53,15 +53,16 @@ use anyhow::Context;
 use clap::Parser;
 use tokio::runtime::Runtime;
 
-use crate::cli::{BlkArgs, Cli, Command, Device};
+use crate::cli::{Cli, Command, Device, MachineArgs};
 use crate::ending::Ending;
 use crate::log_files::LogFiles;
 use crate::output::Output;
+use crate::plan::Draft;
 
 fn main() -> ExitCode {
     let started = Instant::now();
     let result = match Cli::parse().command {
-        Command::Run(Device::Blk(args)) => run_blk(&args, started),
+        Command::Run(Device::Blk(args)) => run(|| Draft::blk(&args), &args.machine, started),
         Command::Status(args) => runtime().and_then(|runtime| runtime.block_on(operator::status(&args.run))),
         Command::Upgrade(args) => runtime().and_then(|runtime| runtime.block_on(operator::upgrade(&args))),
         Command::Restart(args) => runtime().and_then(|runtime| runtime.block_on(operator::restart(&args.run))),
@@ -74,7 +75,11 @@ fn main() -> ExitCode {
     })
 }
 
-fn run_blk(args: &BlkArgs, started: Instant) -> anyhow::Result<ExitCode> {
+fn run(
+    draft: impl FnOnce() -> anyhow::Result<Draft>,
+    args: &MachineArgs,
+    started: Instant,
+) -> anyhow::Result<ExitCode> {
     let files = args.log_dir.as_deref().map(|directory| LogFiles::open(directory, started)).transpose();
     let (files, fault) = match files {
         Ok(files) => (files, None),
@@ -84,7 +89,7 @@ fn run_blk(args: &BlkArgs, started: Instant) -> anyhow::Result<ExitCode> {
     let runtime = runtime()?;
     let ending = match fault {
         Some(error) => Ending::refused(&error),
-        None => runtime.block_on(run::run_blk(args, &output, started)),
+        None => runtime.block_on(run::run(draft, args, &output, started)),
     };
     let exit_code = ExitCode::from(ending.exit_code());
     output.event(&ending.into_event());

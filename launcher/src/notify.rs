@@ -1,15 +1,17 @@
-//! The bridge's announcements: the socket end of the systemd notification protocol (`sd_notify(3)`).
+//! The announcements of a port's bridge: the socket end of the systemd notification protocol (`sd_notify(3)`).
 //!
 //! A message is one datagram of `KEY=VALUE` lines. The socket lies in the private runtime directory, so only processes
 //! of this user reach it; what comes is still read as data of a stranger: bounded, decoded once, unknown keys ignored.
 
+use std::future::{Future, poll_fn};
 use std::io;
 use std::path::Path;
+use std::task::Poll;
 
 use tokio::net::UnixDatagram;
 
 use crate::log_follow::printable;
-use crate::supervisor::Accepted;
+use crate::supervisor::{Accepted, PortId};
 
 /// Longest datagram that is read, in bytes; systemd itself reads one page.
 const MAX_DATAGRAM_LEN: usize = 4096;
@@ -66,14 +68,27 @@ impl NotifySocket {
         UnixDatagram::bind(path).map(Self)
     }
 
-    /// Waits for the next message. May be dropped at any time without losing one.
-    ///
-    /// # Errors
-    /// The system's error if the socket cannot be read.
-    pub(crate) async fn next(&self) -> io::Result<Notice> {
+    async fn next(&self) -> io::Result<Notice> {
         let mut buffer = [0; MAX_DATAGRAM_LEN];
         let len = self.0.recv(&mut buffer).await?;
         Ok(Notice::decode(buffer.get(..len).unwrap_or_default()))
+    }
+
+    /// Waits for the next message on any of `sockets`; tells on which. May be dropped at any time without losing one.
+    ///
+    /// # Errors
+    /// The system's error if one of them cannot be read.
+    pub(crate) async fn next_of(sockets: &[Self]) -> io::Result<(PortId, Notice)> {
+        let mut all: Vec<_> = (0..).map(PortId).zip(sockets.iter().map(|socket| Box::pin(socket.next()))).collect();
+        poll_fn(move |context| {
+            for (port, next) in &mut all {
+                if let Poll::Ready(notice) = next.as_mut().poll(context) {
+                    return Poll::Ready(notice.map(|notice| (*port, notice)));
+                }
+            }
+            Poll::Pending
+        })
+        .await
     }
 
     /// A message that is there already.

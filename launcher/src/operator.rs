@@ -122,12 +122,17 @@ fn status_text(status: &Status) -> String {
     let pid = |pid: Option<u32>| pid.map_or_else(|| "not running".to_owned(), |pid| format!("pid {pid}"));
     let mut text = format!("{:<10} {} ({})\n", "state", status.state, printable(&status.text));
     let mut line = |name: &str, value: String| text.push_str(&format!("{name:<10} {}\n", printable(&value)));
-    line("socket", status.socket.clone());
-    let access = if status.image.read_only { ", read-only" } else { "" };
-    let lock = if status.image.shared { ", shared" } else { "" };
-    line("image", format!("{}, {}{access}{lock}", status.image.path, Size(status.image.size_bytes)));
+    line("class", status.class.clone());
+    for image in &status.disks {
+        let access = if image.read_only { ", read-only" } else { "" };
+        let lock = if image.shared { ", shared" } else { "" };
+        line("image", format!("{}, {}{access}{lock}", image.path, Size(image.size_bytes)));
+    }
     line("vvu", format!("pid {}, up {} s", status.pids.vvu, status.uptime_ms / 1000));
-    line("bridge", pid(status.pids.bridge));
+    for port in &status.ports {
+        line("socket", port.socket.clone());
+        line("bridge", format!("{} ({})", pid(port.bridge), port.text));
+    }
     for (name, appliance) in [("appliance", &status.appliance), ("standby", &status.standby)] {
         if let Some(appliance) = appliance {
             let (number, pid, qmp) = (appliance.number, appliance.pid, appliance.qmp.display());

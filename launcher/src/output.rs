@@ -16,8 +16,9 @@ use std::time::Duration;
 use anyhow::Context;
 
 use crate::accel::Accel;
-use crate::events::{Event, Pids, Source, TimingsMs};
+use crate::events::{DiskFacts, Event, Pids, PortFacts, Source, Starting, TimingsMs};
 use crate::log_files::LogFiles;
+use crate::size::Size;
 use crate::supervisor::ApplianceId;
 use crate::vmm_lines::VmmLines;
 
@@ -134,27 +135,11 @@ fn json_line(event: &Event) -> String {
 /// The event for a person: standard output, standard error.
 fn text_of(event: &Event) -> (String, String) {
     match event {
-        Event::Starting {
-            image,
-            socket,
-            accel,
-            accel_reason,
-            qemu_version,
-            disk_io,
-            memory_bytes,
-            window_bytes,
-            ..
-        } => {
-            let accel = if *accel == Accel::Kvm { "KVM" } else { "TCG" };
-            let memory = crate::size::Size(*memory_bytes);
-            let window = crate::size::Size(*window_bytes);
-            let text = format!(
-                "vvu: {image} -> {socket}\nvvu: appliance VM under {accel} ({accel_reason}), QEMU {qemu_version}, \
-                 memory {memory}, window {window}, disk I/O {disk_io}\n"
-            );
-            (String::new(), text)
+        Event::Starting(starting) => (String::new(), starting_text(starting)),
+        Event::Status { port, text, at_ms } => {
+            let which = if port.0 > 0 { format!("port {port}: ") } else { String::new() };
+            (String::new(), format!("vvu: {:>6.2} s  {which}{text}\n", seconds(*at_ms)))
         }
-        Event::Status { text, at_ms } => (String::new(), format!("vvu: {:>6.2} s  {text}\n", seconds(*at_ms))),
         Event::Ready { socket, pids, timings_ms, vmms } => (ready_text(socket, pids, timings_ms, vmms), String::new()),
         Event::Active { appliance, pause_us } => (String::new(), active_text(*appliance, *pause_us)),
         Event::ApplianceLost { reason, last_lines, restart, .. }
@@ -167,7 +152,7 @@ fn text_of(event: &Event) -> (String, String) {
             let text = format!("vvu: {what} restarted in {:.2} s (QEMU pid {})\n", seconds(*took_ms), pids.qemu);
             (String::new(), text)
         }
-        Event::ApplianceLog { line, .. } | Event::BridgeLog { line } | Event::QemuLog { line, .. } => {
+        Event::ApplianceLog { line, .. } | Event::BridgeLog { line, .. } | Event::QemuLog { line, .. } => {
             (String::new(), format!("{line}\n"))
         }
         Event::Ended { message, exit_code, last_lines, .. } => {
@@ -175,6 +160,22 @@ fn text_of(event: &Event) -> (String, String) {
             (String::new(), lost_text(message, "", lines))
         }
     }
+}
+
+/// What is served where, and how.
+fn starting_text(starting: &Starting) -> String {
+    let disk = |disk: &DiskFacts| format!("vvu: image {}, disk I/O {}\n", disk.image, disk.disk_io);
+    let port = |port: &PortFacts| format!("vvu: {} -> {}\n", starting.class, port.socket);
+    let mut text: String = starting.disks.iter().map(disk).chain(starting.ports.iter().map(port)).collect();
+    let accel = if starting.accel == Accel::Kvm { "KVM" } else { "TCG" };
+    text.push_str(&format!(
+        "vvu: appliance VM under {accel} ({}), QEMU {}, memory {}, window {}\n",
+        starting.accel_reason,
+        starting.qemu_version,
+        Size(starting.memory_bytes),
+        Size(starting.window_bytes)
+    ));
+    text
 }
 
 fn active_text(appliance: ApplianceId, pause_us: Option<u64>) -> String {
@@ -241,6 +242,7 @@ fn write_records(records: &Receiver<Record>, pending: &AtomicUsize, mut files: O
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::supervisor::PortId;
 
     #[test]
     fn the_json_names_are_those_of_the_documentation() {
@@ -253,16 +255,16 @@ mod tests {
 
     #[test]
     fn only_the_lines_to_paste_go_to_standard_output() {
-        let address = crate::vmm_lines::DeviceAddress { socket: "/run/d.sock", queues: 1 };
+        let lines = ["QEMU", "Firecracker"].map(|vmm| VmmLines { vmm, memory: "shared", lines: "-m 2G".into() });
         let ready = Event::Ready {
             socket: "/run/d.sock".into(),
             pids: Pids { vvu: 1, bridge: 2, qemu: 3 },
             timings_ms: TimingsMs { bridge_listening: 30, qemu_started: 40, ready: 2500 },
-            vmms: crate::vmm_lines::all(address),
+            vmms: lines.to_vec(),
         };
         let (stdout, stderr) = text_of(&ready);
         assert!(stdout.starts_with("ready in 2.50 s: /run/d.sock\n"), "{stdout}");
-        for vmm in ["QEMU", "Cloud Hypervisor", "libvirt", "Firecracker"] {
+        for vmm in ["QEMU", "Firecracker"] {
             assert!(stdout.contains(vmm), "{vmm}");
         }
         assert_eq!(stderr, "");
@@ -273,11 +275,11 @@ mod tests {
         let (records, receiver) = channel();
         let output = Output { json: false, records, pending: Arc::default(), dropped: Arc::default() };
         for number in 0..MAX_PENDING + 10 {
-            output.log(Source::Bridge, number.to_string());
+            output.log(Source::Bridge(PortId(0)), number.to_string());
         }
         assert_eq!(receiver.try_iter().count(), MAX_PENDING);
         output.pending.store(0, Ordering::Relaxed);
-        output.log(Source::Bridge, "late".into());
+        output.log(Source::Bridge(PortId(0)), "late".into());
         let texts: Vec<_> = receiver.try_iter().map(|record| record.stderr).collect();
         assert_eq!(texts, ["bridge: [10 lines dropped: the reader is too slow]\n", "bridge: late\n"]);
     }

@@ -1,142 +1,79 @@
 //! Everything that a run needs, checked before anything is started.
+//!
+//! A class of devices makes a [`Draft`] of what it wants from its own arguments; what is the same for all classes is added
+//! here, and everything that depends on the host is looked at.
 
-use std::path::{Path, PathBuf};
+mod blk;
+mod draft;
+mod machine;
+
+use std::path::Path;
 
 use anyhow::{Context, bail};
-use vvu_appliance_config::{
-    ApplianceConfig, BackEnd, BlkOptions, CONFIG_VERSION, Device, Format, Layer, Limits, MAX_SERIAL_LEN,
-};
+use vvu_appliance_config::{ApplianceConfig, BackEnd, CONFIG_VERSION};
 
-use crate::accel::{self, Accel, KvmState};
-use crate::cli::{BlkArgs, RestartChoice};
+pub(crate) use self::draft::{Class, Disk, Draft, Port};
+pub(crate) use self::machine::{Machine, default_memory};
+use crate::cli::MachineArgs;
 use crate::control;
-use crate::image::Image;
-use crate::image_lock::ImageLock;
-use crate::probe::{self, Version};
-use crate::programs::{self, ApplianceFiles};
-use crate::qemu_args::{DISK_SERIAL, DiskIo};
-use crate::restart_policy::RestartLimit;
-use crate::size::{MIB, Size};
+use crate::probe;
 use crate::socket_path;
-
-/// Appliance memory that does not depend on the window, in bytes: kernel, initial RAM file system, agent, back-end and
-/// its buffers.
-const BASE_MEMORY_BYTES: u64 = 160 * MIB;
-
-/// Window bytes for each byte of page descriptors: the appliance's kernel keeps a `struct page` of 64 bytes for every
-/// 4096 bytes of the window.
-const WINDOW_BYTES_PER_DESCRIPTOR_BYTE: u64 = 4096 / 64;
-
-/// Serial number of a disk whose file name has no printable character.
-const FALLBACK_SERIAL: &str = "vvu-0";
 
 /// A run that can be started.
 #[derive(Debug)]
 pub(crate) struct Plan {
-    /// The disk.
-    pub(crate) image: Image,
-    /// The lock on it, unless it is shared.
-    pub(crate) image_lock: Option<ImageLock>,
-    /// How QEMU submits its requests.
-    pub(crate) disk_io: DiskIo,
-    /// Absolute path of the vhost-user socket.
-    pub(crate) socket: String,
+    /// What is served.
+    pub(crate) class: Class,
+    /// Where it is served, at least one.
+    pub(crate) ports: Vec<Port>,
     /// Absolute path of the control socket.
     pub(crate) control: String,
-    /// Restarts that are allowed; none if there shall never be one.
-    pub(crate) restart_limit: Option<RestartLimit>,
-    /// Further words for the kernel's command line.
-    pub(crate) append: Option<String>,
-    /// Identity of the device set.
-    pub(crate) uuid: String,
-    /// Request queues.
-    pub(crate) queues: u16,
-    /// Window.
-    pub(crate) window: Size,
-    /// Memory of the appliance.
-    pub(crate) memory: Size,
-    /// CPUs of the appliance.
-    pub(crate) cpus: u16,
-    /// KVM or TCG.
-    pub(crate) accel: Accel,
-    /// Why.
-    pub(crate) accel_reason: String,
-    /// Kernel and initial RAM file system.
-    pub(crate) appliance: ApplianceFiles,
-    /// QEMU.
-    pub(crate) qemu: PathBuf,
-    /// Its version.
-    pub(crate) qemu_version: Version,
-    /// The bridge.
-    pub(crate) bridge: PathBuf,
-    /// The document for the agent, as JSON.
-    pub(crate) config: Vec<u8>,
-    /// Log filter of bridge and appliance.
-    pub(crate) log: String,
+    /// Disks of the appliance VM.
+    pub(crate) disks: Vec<Disk>,
+    /// The document for the agent, as the next appliance VM will get it.
+    pub(crate) config: ApplianceConfig,
+    /// The appliance VM and its surroundings.
+    pub(crate) machine: Machine,
 }
 
 impl Plan {
-    /// Checks arguments, files and programs, the operator's likeliest mistakes first.
+    /// Checks sockets and programs; the draft's own things are checked already, as the operator's likeliest mistakes.
     ///
     /// # Errors
     /// One line with the remedy.
-    pub(crate) async fn make(args: &BlkArgs) -> anyhow::Result<Self> {
-        let image = Image::check(&args.image, args.read_only, args.format.is_some())?;
-        let image_lock = if args.share_image { None } else { Some(ImageLock::take(&image)?) };
-        let socket = socket_path::claim(&args.socket, "--socket").await?;
-        let control = args.control.clone().unwrap_or_else(|| control::beside(Path::new(&socket)));
+    pub(crate) async fn make(draft: Draft, args: &MachineArgs) -> anyhow::Result<Self> {
+        let mut ports = Vec::new();
+        for wanted in draft.ports {
+            let socket = socket_path::claim(&wanted.socket, wanted.option).await?;
+            ports.push(Port { socket, uuid: new_uuid()?, queues: wanted.queues, vrings: wanted.vrings });
+        }
+        let first = ports.first().context("there is no port to serve")?;
+        let control = args.control.clone().unwrap_or_else(|| control::beside(Path::new(&first.socket)));
         let control = socket_path::claim(&control, "--control").await?;
-        let (accel, accel_reason) = accel::choose(args.accel, &KvmState::of_this_host())?;
-        let bridge = programs::find_bridge(args.bridge.as_deref())?;
-        let qemu = programs::find_qemu(args.qemu.as_deref())?;
-        let appliance = programs::find_appliance(args.appliance.as_deref())?;
-        let facts = probe::probe(&qemu, &image).await?;
+        let mut machine = Machine::find(args, ports.len())?;
+        let images: Vec<_> = draft.disks.iter().map(|disk| &disk.image).collect();
+        let facts = probe::probe(&machine.qemu, &images).await?;
         if let Some(refusal) = facts.refusal() {
             bail!("{refusal}");
         }
-        let disk_io = match facts.disk_io {
-            Ok(way) => way,
-            Err(reason) => bail!("QEMU cannot open image {}: {reason}", image.path),
+        machine.qemu_version = Some(facts.version);
+        let tried = draft.disks.into_iter().zip(facts.disk_io);
+        let disks: Vec<Disk> = tried.map(|(disk, io)| disk.opened(io)).collect::<anyhow::Result<_>>()?;
+        let back_end = BackEnd {
+            device_sets: ports.iter().map(|port| port.uuid.clone()).collect(),
+            channels: Vec::new(),
+            device: draft.device,
         };
-        if args.share_image && !disk_io.direct {
-            bail!(
-                "image {} cannot be opened with O_DIRECT, so --share-image would let hosts read stale data from their page \
-                 caches; put it on a file system that has O_DIRECT",
-                image.path
-            );
-        }
-        let uuid = new_uuid()?;
-        let serial = args.serial.clone().unwrap_or_else(|| serial_from(&args.image));
-        let config = config(&uuid, &args.log, args, serial)?;
-        Ok(Self {
-            image,
-            image_lock,
-            disk_io,
-            socket,
-            control,
-            restart_limit: (args.restart == RestartChoice::Always).then_some(args.restart_limit),
-            append: args.append.clone(),
-            uuid,
-            queues: args.queues,
-            window: args.window,
-            memory: args.memory.unwrap_or_else(|| default_memory(args.window)),
-            cpus: args.cpus,
-            accel,
-            accel_reason,
-            appliance,
-            qemu,
-            qemu_version: facts.version,
-            bridge,
-            config,
-            log: args.log.clone(),
-        })
+        let config = ApplianceConfig { version: CONFIG_VERSION, log: args.log.clone(), back_ends: vec![back_end] };
+        // It is written anew for each appliance VM, but now is the time to refuse it.
+        config.to_json().context("the appliance cannot be configured so")?;
+        Ok(Self { class: draft.class, ports, control, disks, config, machine })
     }
-}
 
-/// Appliance memory for a window: [`BASE_MEMORY_BYTES`] plus the page descriptors, in whole mebibytes.
-pub(crate) fn default_memory(window: Size) -> Size {
-    let descriptors = window.0.div_ceil(WINDOW_BYTES_PER_DESCRIPTOR_BYTE);
-    Size(BASE_MEMORY_BYTES.saturating_add(descriptors).next_multiple_of(MIB))
+    /// The socket by which the run is known, that of the first port.
+    pub(crate) fn socket(&self) -> &str {
+        self.ports.first().map(|port| port.socket.as_str()).unwrap_or_default()
+    }
 }
 
 /// A random uuid in lower case; the kernel makes one with each read (random(4)).
@@ -146,38 +83,9 @@ fn new_uuid() -> anyhow::Result<String> {
     Ok(text.trim().to_owned())
 }
 
-/// The image's file name, as far as it makes a serial number: the same image is the same disk in every run.
-fn serial_from(image: &Path) -> String {
-    let name = image.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-    let serial: String = name.chars().filter(char::is_ascii_graphic).take(MAX_SERIAL_LEN).collect();
-    if serial.is_empty() { FALLBACK_SERIAL.to_owned() } else { serial }
-}
-
-fn config(uuid: &str, log: &str, args: &BlkArgs, serial: String) -> anyhow::Result<Vec<u8>> {
-    let options = BlkOptions {
-        image: Layer { disk_serial: DISK_SERIAL.to_owned(), format: Format::Raw },
-        backing: Vec::new(),
-        read_only: args.read_only,
-        queues: args.queues,
-        serial,
-        limits: Limits::default(),
-    };
-    let back_end = BackEnd { device_sets: vec![uuid.to_owned()], channels: Vec::new(), device: Device::Blk(options) };
-    let document = ApplianceConfig { version: CONFIG_VERSION, log: log.to_owned(), back_ends: vec![back_end] };
-    document.to_json().context("cannot write the appliance's configuration")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::size::{GIB, TIB};
-
-    #[test]
-    fn memory_follows_the_window() {
-        assert_eq!(default_memory(Size(4 * GIB)), Size(224 * MIB));
-        assert_eq!(default_memory(Size(16 * MIB)), Size(161 * MIB));
-        assert_eq!(default_memory(Size(TIB)), Size(16 * GIB + 160 * MIB));
-    }
 
     #[test]
     fn a_uuid_is_what_the_appliance_takes() {
@@ -185,18 +93,5 @@ mod tests {
         assert_eq!(first.len(), 36);
         assert_ne!(first, second);
         assert_eq!(first, first.to_ascii_lowercase());
-    }
-
-    #[test]
-    fn a_serial_comes_from_the_file_name() {
-        let cases = [
-            ("/images/disk.img", "disk.img"),
-            ("/images/a disk with a very long name.img", "adiskwithaverylongna"),
-            ("/images/\u{fc}\u{e4}", FALLBACK_SERIAL),
-            ("/", FALLBACK_SERIAL),
-        ];
-        for (path, serial) in cases {
-            assert_eq!(serial_from(Path::new(path)), serial);
-        }
     }
 }

@@ -1,7 +1,7 @@
 //! What this QEMU can do here: found out by asking it, over QMP, with the sandbox of the real run in place.
 //!
 //! One short-lived QEMU without a machine answers all questions: its version, the devices and options that it knows, and
-//! which way of disk I/O works for this image on this host under this sandbox — tried by opening the image. Version
+//! which way of disk I/O works for each image on this host under this sandbox — tried by opening the image. Version
 //! numbers would tell less: distributions leave things out, kernels forbid io_uring, file systems refuse O_DIRECT.
 
 use std::fmt;
@@ -55,8 +55,8 @@ pub(crate) struct QemuFacts {
     pub(crate) missing_devices: Vec<&'static str>,
     /// Whether it ends with its parent (`-run-with exit-with-parent=on`).
     pub(crate) exit_with_parent: bool,
-    /// The best way of disk I/O for the image, or why none works.
-    pub(crate) disk_io: Result<DiskIo, String>,
+    /// The best way of disk I/O for each image, or why none works.
+    pub(crate) disk_io: Vec<Result<DiskIo, String>>,
 }
 
 impl QemuFacts {
@@ -76,22 +76,25 @@ impl QemuFacts {
     }
 }
 
-/// Asks the QEMU at `qemu`, which tries to open `image`.
+/// Asks the QEMU at `qemu`, which tries to open each of `images`.
 ///
 /// # Errors
 /// It cannot be started, does not speak QMP, or refuses the sandbox; one line that says which.
-pub(crate) async fn probe(qemu: &Path, image: &Image) -> anyhow::Result<QemuFacts> {
-    tokio::time::timeout(PROBE_LIMIT, ask_all(qemu, image))
+pub(crate) async fn probe(qemu: &Path, images: &[&Image]) -> anyhow::Result<QemuFacts> {
+    tokio::time::timeout(PROBE_LIMIT, ask_all(qemu, images))
         .await
         .with_context(|| format!("QEMU {} did not answer within {} s", qemu.display(), PROBE_LIMIT.as_secs()))?
 }
 
-async fn ask_all(qemu: &Path, image: &Image) -> anyhow::Result<QemuFacts> {
+async fn ask_all(qemu: &Path, images: &[&Image]) -> anyhow::Result<QemuFacts> {
     let (mut qmp, version) = Probed::start(qemu).await?;
     let types = qmp.ask("qom-list-types", json!({ "implements": "device", "abstract": false })).await??;
     // An unknown option is an error of this query, not of the conversation.
     let run_with = qmp.ask("query-command-line-options", json!({ "option": "run-with" })).await?.unwrap_or_default();
-    let disk_io = try_disk_io(&mut qmp, image).await?;
+    let mut disk_io = Vec::new();
+    for (number, image) in images.iter().enumerate() {
+        disk_io.push(try_disk_io(&mut qmp, image, number).await?);
+    }
     let missing_devices = REQUIRED_DEVICES.into_iter().filter(|name| !names(&types, "name").any(|it| it == *name));
     let facts = QemuFacts {
         version,
@@ -104,10 +107,10 @@ async fn ask_all(qemu: &Path, image: &Image) -> anyhow::Result<QemuFacts> {
 }
 
 /// Opens the image in each way until one works; the last refusal is the reason if none does.
-async fn try_disk_io(qmp: &mut Probed, image: &Image) -> anyhow::Result<Result<DiskIo, String>> {
+async fn try_disk_io(qmp: &mut Probed, image: &Image, disk: usize) -> anyhow::Result<Result<DiskIo, String>> {
     let mut refusal = String::new();
     for (number, way) in DISK_IO_WAYS.into_iter().enumerate() {
-        let node = protocol_node(image, way, &format!("try{number}"));
+        let node = protocol_node(image, way, &format!("disk{disk}-try{number}"));
         match qmp.ask("blockdev-add", node).await? {
             Ok(_) => return Ok(Ok(way)),
             Err(error) => refusal = error.to_string(),
@@ -201,7 +204,7 @@ mod tests {
             version: Version { major: 11, minor: 1, micro: 3 },
             missing_devices: vec![],
             exit_with_parent: true,
-            disk_io: Ok(DISK_IO_WAYS[0]),
+            disk_io: vec![Ok(DISK_IO_WAYS[0])],
         }
     }
 
@@ -243,9 +246,9 @@ mod tests {
     #[tokio::test]
     async fn a_program_that_is_no_qemu_is_told_apart() {
         let image = image();
-        let silent = probe(Path::new("/bin/false"), &image).await.unwrap_err();
+        let silent = probe(Path::new("/bin/false"), &[&image]).await.unwrap_err();
         assert!(format!("{silent:#}").contains("does not start"), "{silent:#}");
-        let other = probe(Path::new("/bin/echo"), &image).await.unwrap_err();
+        let other = probe(Path::new("/bin/echo"), &[&image]).await.unwrap_err();
         assert!(format!("{other:#}").contains("is not QEMU"), "{other:#}");
     }
 }

@@ -1,6 +1,6 @@
 //! The appliance VM's QEMU command line. Pure: facts in, argument vector out.
 //!
-//! The machine holds the three devices of the device set, the disk, a serial port, and nothing else that QEMU can leave
+//! The machine holds the three devices of each device set, the disks, a serial port, and nothing else that QEMU can leave
 //! out. Node and device descriptions are written as JSON where QEMU takes JSON; in the other options a comma inside a
 //! value is doubled, which is QEMU's escape.
 
@@ -9,19 +9,17 @@ use vvu_appliance_config::FW_CFG_NAME;
 
 use crate::accel::Accel;
 use crate::image::{Image, ImageKind};
+use crate::plan::{Disk, Port};
 use crate::size::Size;
-use crate::supervisor::ApplianceId;
+use crate::supervisor::{ApplianceId, PortId};
 
 /// `-sandbox`: a seccomp filter against everything that this QEMU has no business doing.
 pub(crate) const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
 
-/// Serial number by which the agent finds the appliance's disk.
-pub(crate) const DISK_SERIAL: &str = "vvu-disk-0";
-
 /// Name of the configuration document in the runtime directory.
 pub(crate) const CONFIG_FILE: &str = "appliance.json";
 
-/// Socket of the control device, created by the bridge in the runtime directory.
+/// Socket of the control device, created by the bridge in its directory.
 const CONTROL_SOCKET: &str = "control.sock";
 
 /// Socket of the window device.
@@ -30,12 +28,16 @@ const WINDOW_SOCKET: &str = "window.sock";
 /// Socket of the doorbell device.
 const DOORBELL_SOCKET: &str = "doorbell.sock";
 
-/// The bridge's sockets in the runtime directory; a bridge that was killed leaves them behind.
+/// A bridge's sockets in its directory; one that was killed leaves them behind.
 pub(crate) const BRIDGE_SOCKETS: [&str; 3] = [CONTROL_SOCKET, WINDOW_SOCKET, DOORBELL_SOCKET];
 
-/// The longest name of a socket in the runtime directory, that of the last appliance VM's QMP socket; socket paths are
-/// limited by the system.
-pub(crate) const LONGEST_SOCKET_NAME: &str = "qmp-4294967295.sock";
+/// The longest name of a socket in the runtime directory; socket paths are limited by the system.
+pub(crate) const LONGEST_SOCKET_NAME: &str = "port-7/doorbell.sock";
+
+/// Name of a bridge's directory in the runtime directory.
+pub(crate) fn port_dir(port: PortId) -> String {
+    format!("port-{port}")
+}
 
 /// Name of an appliance VM's QMP socket in the runtime directory.
 pub(crate) fn qmp_socket(appliance: ApplianceId) -> String {
@@ -52,7 +54,7 @@ const CONTROL_VIRTIO_ID: u32 = 21;
 /// Virtio device id of the window device: virtio-pmem (virtio 1.3, section 5.19).
 const WINDOW_VIRTIO_ID: u32 = 27;
 
-/// Name of the image's format node, to which the disk is attached.
+/// Name of the first image's format node, to which the disk is attached.
 pub(crate) const DISK_NODE: &str = "disk";
 
 /// What the kernel is told. `panic=-1` reboots at once, which `-no-reboot` turns into the end of QEMU; `iommu=pt` keeps
@@ -89,10 +91,8 @@ pub(crate) struct ApplianceVm<'a> {
     pub(crate) memory: Size,
     /// Virtual CPUs.
     pub(crate) cpus: u16,
-    /// Request queues of the device: one kick vector each.
-    pub(crate) queues: u16,
-    /// Identity of the device set, for QEMU's process name.
-    pub(crate) uuid: &'a str,
+    /// Ports, a device set each.
+    pub(crate) ports: &'a [Port],
     /// Its number in the run, for the names of its own files.
     pub(crate) id: ApplianceId,
     /// Further words for the kernel's command line.
@@ -103,10 +103,8 @@ pub(crate) struct ApplianceVm<'a> {
     pub(crate) kernel: &'a str,
     /// Initial RAM file system of the appliance.
     pub(crate) initrd: &'a str,
-    /// The disk image.
-    pub(crate) image: &'a Image,
-    /// How its requests are submitted.
-    pub(crate) disk_io: DiskIo,
+    /// Disks.
+    pub(crate) disks: &'a [Disk],
 }
 
 impl ApplianceVm<'_> {
@@ -116,8 +114,10 @@ impl ApplianceVm<'_> {
         self.push_frame(&mut arguments);
         self.push_machine(&mut arguments);
         self.push_boot(&mut arguments);
-        self.push_device_set(&mut arguments);
-        self.push_disk(&mut arguments);
+        for (number, port) in (0..).zip(self.ports) {
+            self.push_device_set(&mut arguments, PortId(number), port);
+        }
+        self.push_disks(&mut arguments);
         arguments
     }
 
@@ -128,7 +128,8 @@ impl ApplianceVm<'_> {
         push(arguments, &["-run-with", "exit-with-parent=on"]);
         let socket = self.in_runtime_dir(&qmp_socket(self.id)).replace(',', ",,");
         push(arguments, &["-qmp", &format!("unix:{socket},server=on,wait=off")]);
-        push(arguments, &["-name", &option("", &[("guest", &format!("vvu-{}", self.uuid)), ("debug-threads", "on")])]);
+        let uuid = self.ports.first().map(|port| port.uuid.as_str()).unwrap_or_default();
+        push(arguments, &["-name", &option("", &[("guest", &format!("vvu-{uuid}")), ("debug-threads", "on")])]);
     }
 
     fn push_machine(&self, arguments: &mut Vec<String>) {
@@ -163,36 +164,43 @@ impl ApplianceVm<'_> {
         push(arguments, &["-device", &json!({ "driver": "isa-serial", "chardev": "console" }).to_string()]);
     }
 
-    fn push_device_set(&self, arguments: &mut Vec<String>) {
+    fn push_device_set(&self, arguments: &mut Vec<String>, number: PortId, port: &Port) {
         for (id, socket) in [("control", CONTROL_SOCKET), ("window", WINDOW_SOCKET), ("doorbell", DOORBELL_SOCKET)] {
-            let chardev = option("socket", &[("id", id), ("path", &self.in_runtime_dir(socket))]);
-            push(arguments, &["-chardev", &chardev]);
+            let path = self.in_runtime_dir(&format!("{}/{socket}", port_dir(number)));
+            push(arguments, &["-chardev", &option("socket", &[("id", &format!("{id}-{number}")), ("path", &path)])]);
         }
+        let chardev = |id: &str| format!("{id}-{number}");
         let devices = [
-            json!({ "driver": "vhost-user-test-device-pci", "chardev": "control", "virtio-id": CONTROL_VIRTIO_ID,
-                    "num_vqs": 2, "vq_size": 64, "config_size": 64 }),
-            json!({ "driver": "vhost-user-test-device-pci", "chardev": "window", "virtio-id": WINDOW_VIRTIO_ID,
-                    "num_vqs": 1, "vq_size": 64, "config_size": 16 }),
-            json!({ "driver": "ivshmem-doorbell", "chardev": "doorbell", "vectors": self.queues }),
+            json!({ "driver": "vhost-user-test-device-pci", "chardev": chardev("control"),
+                    "virtio-id": CONTROL_VIRTIO_ID, "num_vqs": 2, "vq_size": 64, "config_size": 64 }),
+            json!({ "driver": "vhost-user-test-device-pci", "chardev": chardev("window"),
+                    "virtio-id": WINDOW_VIRTIO_ID, "num_vqs": 1, "vq_size": 64, "config_size": 16 }),
+            json!({ "driver": "ivshmem-doorbell", "chardev": chardev("doorbell"), "vectors": port.vrings }),
         ];
         for device in devices {
             push(arguments, &["-device", &device.to_string()]);
         }
     }
 
-    fn push_disk(&self, arguments: &mut Vec<String>) {
-        for node in [protocol_node(self.image, self.disk_io, "disk-file"), format_node(self.image)] {
-            push(arguments, &["-blockdev", &node.to_string()]);
+    fn push_disks(&self, arguments: &mut Vec<String>) {
+        if !self.disks.is_empty() {
+            push(arguments, &["-object", &json!({ "qom-type": "iothread", "id": "disk-io" }).to_string()]);
         }
-        push(arguments, &["-object", &json!({ "qom-type": "iothread", "id": "disk-io" }).to_string()]);
-        // Errors of the host's storage go to the driver VM; the appliance VM is never stopped because of them.
-        let disk = json!({
-            "driver": "virtio-blk-pci", "drive": DISK_NODE, "serial": DISK_SERIAL, "iothread": "disk-io",
-            "num-queues": self.cpus, "disable-legacy": "on", "werror": "report", "rerror": "report",
-            "logical_block_size": self.image.logical_block_bytes,
-            "physical_block_size": self.image.physical_block_bytes,
-        });
-        push(arguments, &["-device", &disk.to_string()]);
+        for (number, Disk { serial, image, io, .. }) in self.disks.iter().enumerate() {
+            let node = if number == 0 { DISK_NODE.to_owned() } else { format!("{DISK_NODE}-{number}") };
+            let file = format!("{node}-file");
+            for node in [protocol_node(image, *io, &file), format_node(image, &node, &file)] {
+                push(arguments, &["-blockdev", &node.to_string()]);
+            }
+            // Errors of the host's storage go to the driver VM; the appliance VM is never stopped because of them.
+            let disk = json!({
+                "driver": "virtio-blk-pci", "drive": node, "serial": serial, "iothread": "disk-io",
+                "num-queues": self.cpus, "disable-legacy": "on", "werror": "report", "rerror": "report",
+                "logical_block_size": image.logical_block_bytes,
+                "physical_block_size": image.physical_block_bytes,
+            });
+            push(arguments, &["-device", &disk.to_string()]);
+        }
     }
 
     fn in_runtime_dir(&self, name: &str) -> String {
@@ -218,9 +226,9 @@ pub(crate) fn protocol_node(image: &Image, io: DiskIo, name: &str) -> Value {
 }
 
 /// The node that takes the file as it is: no format is ever guessed from bytes that a driver VM wrote.
-fn format_node(image: &Image) -> Value {
+fn format_node(image: &Image, name: &str, file: &str) -> Value {
     json!({
-        "driver": "raw", "node-name": DISK_NODE, "file": "disk-file",
+        "driver": "raw", "node-name": name, "file": file,
         "discard": "unmap", "read-only": image.read_only,
     })
 }
@@ -241,31 +249,39 @@ mod tests {
     use super::*;
     use crate::size::MIB;
 
-    fn image() -> Image {
-        Image {
+    fn disk(serial: &str) -> Disk {
+        let image = Image {
             path: "/images/a,b \"c\".img".to_owned(),
             kind: ImageKind::File,
             size_bytes: MIB,
             logical_block_bytes: 512,
             physical_block_bytes: 4096,
             read_only: true,
-        }
+        };
+        Disk { serial: serial.to_owned(), image, lock: None, io: DISK_IO_WAYS[0] }
+    }
+
+    fn port(vrings: u16) -> Port {
+        let uuid = "6f1c1c0e-2b57-4a55-9d0f-0d6d1f7f3a11".to_owned();
+        Port { socket: "/run/d.sock".to_owned(), uuid, queues: vrings, vrings }
     }
 
     fn arguments(accel: Accel) -> Vec<String> {
+        arguments_of(accel, &[port(4)], &[disk("one")])
+    }
+
+    fn arguments_of(accel: Accel, ports: &[Port], disks: &[Disk]) -> Vec<String> {
         let vm = ApplianceVm {
             accel,
             memory: Size(224 * MIB),
             cpus: 2,
-            queues: 4,
-            uuid: "6f1c1c0e-2b57-4a55-9d0f-0d6d1f7f3a11",
+            ports,
             id: ApplianceId(3),
             append: Some("debug"),
             runtime_dir: "/run/user/0/vvu/a,b",
             kernel: "/a/vmlinuz",
             initrd: "/a/initrd",
-            image: &image(),
-            disk_io: DISK_IO_WAYS[0],
+            disks,
         };
         vm.arguments()
     }
@@ -341,9 +357,33 @@ mod tests {
     fn commas_in_paths_are_doubled_where_qemu_splits_at_them() {
         let arguments = arguments(Accel::Tcg);
         let chardevs = values(&arguments, "-chardev");
-        assert!(chardevs.contains(&"socket,id=control,path=/run/user/0/vvu/a,,b/control.sock"), "{chardevs:?}");
+        assert!(
+            chardevs.contains(&"socket,id=control-0,path=/run/user/0/vvu/a,,b/port-0/control.sock"),
+            "{chardevs:?}"
+        );
         let config = "name=opt/org.vvu/appliance.json,file=/run/user/0/vvu/a,,b/appliance.json";
         assert_eq!(values(&arguments, "-fw_cfg"), [config]);
+    }
+
+    #[test]
+    fn each_port_has_a_device_set_and_each_disk_its_nodes() {
+        let arguments = arguments_of(Accel::Tcg, &[port(3), port(5)], &[disk("one"), disk("two")]);
+        let all = devices(&arguments);
+        let doorbells: Vec<_> = all.iter().filter(|device| device["driver"] == "ivshmem-doorbell").collect();
+        assert_eq!(doorbells[1], &json!({ "driver": "ivshmem-doorbell", "chardev": "doorbell-1", "vectors": 5 }));
+        let sockets = values(&arguments, "-chardev").concat();
+        assert!(sockets.contains("id=window-1,path=/run/user/0/vvu/a,,b/port-1/window.sock"), "{sockets}");
+        let disks: Vec<_> = all.iter().filter(|device| device["driver"] == "virtio-blk-pci").collect();
+        let names: Vec<_> = disks.iter().map(|disk| (&disk["drive"], &disk["serial"])).collect();
+        assert_eq!(names, [(&"disk".into(), &"one".into()), (&"disk-1".into(), &"two".into())]);
+        let nodes = values(&arguments, "-blockdev");
+        for name in ["\"disk-file\"", "\"disk\"", "\"disk-1-file\"", "\"disk-1\""] {
+            assert_eq!(
+                nodes.iter().filter(|node| node.contains(&format!("\"node-name\":{name}"))).count(),
+                1,
+                "{name}"
+            );
+        }
     }
 
     #[test]

@@ -1,12 +1,13 @@
 //! One device, from start to end.
 //!
-//! This is the part that waits: for the operator's signals and requests, for children that die, for the bridge's
+//! This is the part that waits: for the operator's signals and requests, for children that die, for the bridges'
 //! announcements, for a deadline. What any of it means is decided by the [`Supervisor`], whose actions are done here. All
 //! waits happen together, so none is missed. However a run ends, [`Run::bring_down`] does it in one order: appliance VMs
-//! first, so that the back-end stops working in the driver VM's memory, then the bridge, then the sockets and the runtime
+//! first, so that the back-end stops working in the driver VM's memory, then the bridges, then the sockets and the runtime
 //! directory.
 
 mod requests;
+mod starting;
 
 use std::collections::VecDeque;
 use std::future::pending;
@@ -17,33 +18,41 @@ use anyhow::Context;
 use tokio::task::JoinHandle;
 
 use self::requests::Wanted;
-use crate::cli::BlkArgs;
+use crate::cli::MachineArgs;
 use crate::control_socket::ControlSocket;
 use crate::ending::{Death, Ending};
 use crate::events::{Event, Pids, TimingsMs};
-use crate::fleet::{Fleet, Member, NOTIFY_SOCKET};
+use crate::fleet::{Fleet, Member};
 use crate::log_follow::{Pass, RateLimit};
 use crate::notify::{Notice, NotifySocket};
 use crate::output::Output;
-use crate::plan::Plan;
-use crate::qemu_args::CONFIG_FILE;
+use crate::plan::{Draft, Plan};
 use crate::restart_policy::Restarts;
 use crate::runtime_dir::RuntimeDir;
 use crate::signals::Signals;
 use crate::socket_path::SocketFile;
-use crate::supervisor::{Action, ApplianceId, Input, Part, Progress, Report, Supervisor};
-use crate::vmm_lines::{self, DeviceAddress};
+use crate::supervisor::{Action, ApplianceId, Input, Part, PortId, Progress, Report, Supervisor};
+use crate::vmm_lines;
 
-/// Announcements that are read before a death is handled: the bridge's view of what came before it. The system keeps fewer
-/// in a socket.
+/// Announcements of a bridge that are read before a death is handled: its view of what came before it. The system keeps
+/// fewer in a socket.
 const MAX_NOTICES_BEFORE_DEATH: usize = 1024;
 
 /// How long a drop by the bridge waits for the death that may be its cause, and that is the better reason to tell.
 const DEATH_FOLLOWS: Duration = Duration::from_millis(200);
 
-/// Serves one block device until a signal or a death ends it.
-pub(crate) async fn run_blk(args: &BlkArgs, output: &Output, started: Instant) -> Ending {
-    let plan = match Plan::make(args).await {
+/// Serves what is drafted until a signal or a death ends it.
+pub(crate) async fn run(
+    draft: impl FnOnce() -> anyhow::Result<Draft>,
+    args: &MachineArgs,
+    output: &Output,
+    started: Instant,
+) -> Ending {
+    let plan = match draft() {
+        Ok(draft) => Plan::make(draft, args).await,
+        Err(error) => Err(error),
+    };
+    let plan = match plan {
         Ok(plan) => plan,
         Err(error) => return Ending::refused(&error),
     };
@@ -56,18 +65,21 @@ pub(crate) async fn run_blk(args: &BlkArgs, output: &Output, started: Instant) -
 async fn serve(plan: Plan, output: &Output, started: Instant) -> anyhow::Result<Ending> {
     let signals = Signals::catch()?;
     let directory = RuntimeDir::create()?;
-    std::fs::write(directory.path().join(CONFIG_FILE), &plan.config)
-        .context("cannot write to the runtime directory")?;
-    let notify_path = directory.path().join(NOTIFY_SOCKET);
-    let notify = NotifySocket::bind(&notify_path).context("cannot bind the notification socket")?;
-    let control = ControlSocket::bind(&plan.control)?;
-    output.event(&starting(&plan, &directory));
     let mut fleet = Fleet::new(&directory, output);
-    fleet.start_bridge(&plan)?;
+    let notify = fleet.listen_to_bridges(&plan)?;
+    let control = ControlSocket::bind(&plan.control)?;
+    output.event(&starting::event(&plan, &directory));
+    let mut ports = Vec::new();
+    for (number, port) in (0..).map(PortId).zip(&plan.ports) {
+        fleet.start_bridge(number, port, &plan.machine)?;
+        ports.push(PortState::default());
+    }
     let now = Instant::now();
+    let count = u8::try_from(ports.len()).context("there are too many ports")?;
     let mut run = Run {
-        supervisor: Supervisor::new(Restarts::new(plan.restart_limit), now),
+        supervisor: Supervisor::new(Restarts::new(plan.machine.restart_limit), count, now),
         plan,
+        ports,
         output,
         started,
         directory: &directory,
@@ -76,13 +88,11 @@ async fn serve(plan: Plan, output: &Output, started: Instant) -> anyhow::Result<
         control,
         fleet,
         inputs: VecDeque::new(),
-        socket_file: None,
         event_limit: RateLimit::new(now),
         wanted: None,
         resizing: None,
         bridge_listening_ms: 0,
         qemu_started_ms: 0,
-        status_text: String::new(),
         last_pause_us: None,
     };
     let ending = run.run().await;
@@ -90,21 +100,30 @@ async fn serve(plan: Plan, output: &Output, started: Instant) -> anyhow::Result<
     ending
 }
 
-/// A run whose bridge is started.
+/// What is known of a port beside the plan.
+#[derive(Debug, Default)]
+struct PortState {
+    socket_file: Option<SocketFile>,
+    status_text: String,
+}
+
+/// A run whose bridges are started.
 #[derive(Debug)]
 struct Run<'a> {
     plan: Plan,
+    /// In the order of the plan's.
+    ports: Vec<PortState>,
     output: &'a Output,
     started: Instant,
     directory: &'a RuntimeDir,
     signals: Signals,
-    notify: NotifySocket,
+    /// In the order of the ports.
+    notify: Vec<NotifySocket>,
     control: ControlSocket,
     fleet: Fleet<'a>,
     supervisor: Supervisor,
     /// What has happened and is not handled yet.
     inputs: VecDeque<Input>,
-    socket_file: Option<SocketFile>,
     event_limit: RateLimit,
     /// The replacement that an operator waits for.
     wanted: Option<Wanted>,
@@ -112,7 +131,6 @@ struct Run<'a> {
     resizing: Option<JoinHandle<Option<u64>>>,
     bridge_listening_ms: u64,
     qemu_started_ms: u64,
-    status_text: String,
     last_pause_us: Option<u64>,
 }
 
@@ -140,9 +158,9 @@ impl Run<'_> {
                 let (member, death) = death?;
                 self.died(member, death);
             }
-            notice = self.notify.next() => {
-                let notice = notice.context("cannot read the notification socket")?;
-                self.noticed_in_order(notice).await?;
+            notice = NotifySocket::next_of(&self.notify) => {
+                let (port, notice) = notice.context("cannot read the notification socket")?;
+                self.noticed_in_order(port, notice).await?;
             }
             asked = self.control.next() => self.asked(asked),
             () = requests::gone(self.wanted.as_ref()) => {
@@ -151,7 +169,9 @@ impl Run<'_> {
             }
             size = resized(self.resizing.as_mut()) => {
                 self.resizing = None;
-                self.plan.image.size_bytes = size.unwrap_or(self.plan.image.size_bytes);
+                if let (Some(size), Some(disk)) = (size, self.plan.disks.first_mut()) {
+                    disk.image.size_bytes = size;
+                }
             }
             () = until(deadline) => self.inputs.push_back(Input::TimePassed),
         }
@@ -159,66 +179,78 @@ impl Run<'_> {
     }
 
     fn died(&mut self, member: Member, death: Death) {
-        // What the bridge said before is older than the death, and may tell which appliance VM is which. That it dropped
-        // one mostly follows from the death.
+        // What the bridges said before is older than the death, and may tell which appliance VM is which. That one was
+        // dropped mostly follows from the death.
         let mut dropped = Vec::new();
-        for _ in 0..MAX_NOTICES_BEFORE_DEATH {
-            let Some(mut notice) = self.notify.try_next() else { break };
-            dropped.extend(notice.lost.take());
-            self.noticed(notice);
+        for port in self.port_ids() {
+            for _ in 0..MAX_NOTICES_BEFORE_DEATH {
+                let notice = self.notify.get(port.index()).and_then(NotifySocket::try_next);
+                let Some(mut notice) = notice else { break };
+                dropped.extend(notice.lost.take().map(|accepted| (port, accepted)));
+                self.noticed(port, notice);
+            }
         }
+        let of_dead_bridge = |port: PortId| member == Member::Bridge(port);
+        let dropped: Vec<_> = dropped.into_iter().filter(|(port, _)| !of_dead_bridge(*port)).collect();
         self.inputs.push_back(match member {
-            Member::Bridge => Input::BridgeEnded(death),
+            Member::Bridge(port) => Input::BridgeEnded(port, death),
             Member::Appliance(id) => Input::ApplianceEnded(id, death),
         });
-        if member != Member::Bridge {
-            self.inputs.extend(dropped.into_iter().map(Input::Dropped));
-        }
+        self.inputs.extend(dropped.into_iter().map(|(port, accepted)| Input::Dropped(port, accepted)));
+    }
+
+    fn port_ids(&self) -> impl Iterator<Item = PortId> + use<> {
+        (0..).map(PortId).take(self.ports.len())
     }
 
     /// Handles an announcement, after the death that is its cause if it has one.
-    async fn noticed_in_order(&mut self, notice: Notice) -> anyhow::Result<()> {
+    async fn noticed_in_order(&mut self, port: PortId, notice: Notice) -> anyhow::Result<()> {
         if notice.lost.is_some()
             && let Ok(death) = tokio::time::timeout(DEATH_FOLLOWS, self.fleet.next_death()).await
         {
             let (member, death) = death?;
             self.died(member, death);
         }
-        self.noticed(notice);
+        self.noticed(port, notice);
         Ok(())
     }
 
-    fn noticed(&mut self, notice: Notice) {
+    fn noticed(&mut self, port: PortId, notice: Notice) {
+        let at_ms = self.elapsed_ms();
         if let Some(text) = notice.status {
-            self.status_text.clone_from(&text);
-            self.tell_often(&Event::Status { text, at_ms: self.elapsed_ms() });
+            if let Some(state) = self.ports.get_mut(port.index()) {
+                state.status_text.clone_from(&text);
+            }
+            self.tell_often(&Event::Status { port, text, at_ms });
         }
         if let Some(accepted) = notice.lost {
-            self.inputs.push_back(Input::Dropped(accepted));
+            self.inputs.push_back(Input::Dropped(port, accepted));
         }
         if notice.listening {
-            self.socket_file = SocketFile::at(&self.plan.socket);
-            self.bridge_listening_ms = self.elapsed_ms();
-            self.inputs.push_back(Input::Listening);
+            if let (Some(state), Some(port)) = (self.ports.get_mut(port.index()), self.plan.ports.get(port.index())) {
+                state.socket_file = SocketFile::at(&port.socket);
+            }
+            self.bridge_listening_ms = at_ms;
+            self.inputs.push_back(Input::Listening(port));
         }
         if let Some(accepted) = notice.active {
-            self.inputs.push_back(Input::Active { accepted, pause_us: notice.pause_us });
+            self.inputs.push_back(Input::Active { port, accepted, pause_us: notice.pause_us });
         }
         if notice.ready {
-            self.inputs.push_back(Input::Ready);
+            self.inputs.push_back(Input::Ready(port));
         }
     }
 
     /// Does what the supervisor wants; returns the run's end.
     fn perform(&mut self, action: Action) -> Option<Ending> {
         match action {
-            Action::StartBridge => self.start_bridge(),
+            Action::StartBridge(port) => self.start_bridge(port),
             Action::StartAppliance(id) => self.start_appliance(id),
             Action::StartStandby(id) => self.start_standby(id),
             Action::AdoptImage => self.adopt_image(),
             Action::Terminate(id) => self.fleet.terminate(Member::Appliance(id)),
             Action::Kill(id) => self.fleet.kill(Member::Appliance(id)),
-            Action::KillBridge => self.fleet.kill(Member::Bridge),
+            Action::KillBridge(port) => self.fleet.kill(Member::Bridge(port)),
             Action::Tell(report) => self.tell(report),
             Action::Progress(progress) => self.progress(progress),
             Action::Answer(result) => self.answer(result),
@@ -227,18 +259,19 @@ impl Run<'_> {
         None
     }
 
-    fn start_bridge(&mut self) {
-        if let Some(file) = self.socket_file.take() {
-            file.remove(&self.plan.socket);
+    fn start_bridge(&mut self, number: PortId) {
+        let Some(port) = self.plan.ports.get(number.index()) else { return };
+        if let Some(file) = self.ports.get_mut(number.index()).and_then(|state| state.socket_file.take()) {
+            file.remove(&port.socket);
         }
-        if let Err(error) = self.fleet.start_bridge(&self.plan) {
-            self.inputs.push_back(Input::BridgeEnded(Death::NotStarted(format!("{error:#}"))));
+        if let Err(error) = self.fleet.start_bridge(number, port, &self.plan.machine) {
+            self.inputs.push_back(Input::BridgeEnded(number, Death::NotStarted(format!("{error:#}"))));
         }
     }
 
     fn start_appliance(&mut self, id: ApplianceId) {
         self.qemu_started_ms = self.elapsed_ms();
-        let started = self.fleet.start_appliance(id, &self.plan, &self.plan.appliance);
+        let started = self.fleet.start_appliance(id, &self.plan, &self.plan.machine.appliance);
         self.note_start(id, started);
     }
 
@@ -306,16 +339,15 @@ impl Run<'_> {
     }
 
     fn ready(&self) -> Event {
-        let address = DeviceAddress { socket: &self.plan.socket, queues: self.plan.queues };
         Event::Ready {
-            socket: self.plan.socket.clone(),
+            socket: self.plan.socket().to_owned(),
             pids: self.pids(),
             timings_ms: TimingsMs {
                 bridge_listening: self.bridge_listening_ms,
                 qemu_started: self.qemu_started_ms,
                 ready: self.elapsed_ms(),
             },
-            vmms: vmm_lines::all(address),
+            vmms: vmm_lines::all(&self.plan),
         }
     }
 
@@ -323,7 +355,7 @@ impl Run<'_> {
     fn pids(&self) -> Pids {
         let pid = |member| self.fleet.pid(member).unwrap_or_default();
         let qemu = self.supervisor.in_use().map(|id| pid(Member::Appliance(id)));
-        Pids { vvu: std::process::id(), bridge: pid(Member::Bridge), qemu: qemu.unwrap_or_default() }
+        Pids { vvu: std::process::id(), bridge: pid(Member::Bridge(PortId(0))), qemu: qemu.unwrap_or_default() }
     }
 
     fn qmp_in_use(&self) -> Option<PathBuf> {
@@ -337,8 +369,10 @@ impl Run<'_> {
             _ = self.signals.next() => {}
         }
         self.fleet.kill_all().await;
-        if let Some(file) = self.socket_file {
-            file.remove(&self.plan.socket);
+        for (state, port) in self.ports.iter().zip(&self.plan.ports) {
+            if let Some(file) = state.socket_file {
+                file.remove(&port.socket);
+            }
         }
     }
 
@@ -362,26 +396,5 @@ async fn resized(task: Option<&mut JoinHandle<Option<u64>>>) -> Option<u64> {
     match task {
         Some(task) => task.await.unwrap_or(None),
         None => pending().await,
-    }
-}
-
-fn starting(plan: &Plan, directory: &RuntimeDir) -> Event {
-    let cache = if plan.disk_io.direct { "O_DIRECT" } else { "page cache" };
-    Event::Starting {
-        image: plan.image.path.clone(),
-        image_bytes: plan.image.size_bytes,
-        read_only: plan.image.read_only,
-        socket: plan.socket.clone(),
-        uuid: plan.uuid.clone(),
-        queues: plan.queues,
-        window_bytes: plan.window.0,
-        memory_bytes: plan.memory.0,
-        cpus: plan.cpus,
-        accel: plan.accel,
-        accel_reason: plan.accel_reason.clone(),
-        qemu_version: plan.qemu_version.to_string(),
-        disk_io: format!("{}, {cache}", plan.disk_io.aio),
-        runtime_dir: directory.text().to_owned(),
-        control: plan.control.clone(),
     }
 }

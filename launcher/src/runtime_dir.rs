@@ -1,4 +1,5 @@
-//! The private directory of one run: the bridge's sockets, the configuration document, the notification socket.
+//! The private directory of one run: a directory for each bridge, with its sockets and the one for its notifications, and the
+//! configuration document.
 //!
 //! It vanishes with the run. A run that was killed leaves it behind, and the next one removes it: each directory holds a
 //! file that its run keeps locked, so a lock that can be had belongs to nobody any more.

@@ -1,6 +1,6 @@
 //! What a run decides: events in, actions out. It starts no process, waits for nothing and reads no clock.
 //!
-//! A run keeps one bridge and, behind it, one appliance VM in use. Feed [`Supervisor::handle`] with everything that
+//! A run keeps a bridge for each of its ports and, behind them, one appliance VM in use. Feed [`Supervisor::handle`] with everything that
 //! happens and do what it returns; feed it [`Input::TimePassed`] when [`Supervisor::deadline`] has come.
 //!
 //! ```text
@@ -10,8 +10,11 @@
 //!       │                      │   ▼                          ▼  │ └──────────────────────────┤
 //!       │              delay   └─ Pauses ◄────────────────────┘  │            Boots ◄─────────┘
 //!       │                                                        │
-//!       └──── Clears ◄──── the bridge died, in any state: its appliance VMs are killed first
+//!       └──── Clears ◄──── a bridge died, in any state: its appliance VMs are killed first
 //! ```
+//!
+//! Bridges act as one: they listen when all do, and an appliance VM is in use when all use it. One that dies takes the
+//! appliance VMs along and is started again alone; the others keep their front-ends.
 //!
 //! A death before the device was ready for the first time ends the run: it is mostly a mistake that a second start would
 //! repeat. After that deaths are repaired as [`Restarts`] allows. Before a run ends because of an appliance VM's death it
@@ -19,8 +22,10 @@
 //! VMs that are no longer needed are *retiring*: they lie beside the state, and only a replacement's answer and the start
 //! of a new bridge wait for them.
 
+mod bridges;
 mod deaths;
 mod naming;
+mod ports;
 mod vocabulary;
 
 #[cfg(test)]
@@ -28,13 +33,15 @@ mod tests;
 
 use std::time::{Duration, Instant};
 
-use self::naming::Numbers;
+use self::bridges::Bridges;
+pub(crate) use self::ports::PortId;
+use self::ports::{PerPort, PortSet};
 pub(crate) use self::vocabulary::{Accepted, Action, ApplianceId, Input, Part, Progress, Replaced, Report};
 use self::vocabulary::{Appliance, Fault, Retiring, Stage};
 use crate::ending::Ending;
 use crate::restart_policy::Restarts;
 
-/// Longest wait until the bridge listens; it only binds sockets.
+/// Longest wait until the bridges listen; they only bind sockets.
 const LISTENING_LIMIT: Duration = Duration::from_secs(30);
 
 /// Longest wait until an appliance VM is in use: a boot under TCG on a loaded machine takes tens of seconds.
@@ -43,10 +50,10 @@ const READY_LIMIT: Duration = Duration::from_secs(180);
 /// How long a bridge's death may come after that of its appliance VM and still be its cause.
 const BRIDGE_FOLLOWS: Duration = Duration::from_millis(500);
 
-/// How long the bridge may take to let go of an appliance VM that was replaced, until that is asked to end.
+/// How long the bridges may take to let go of an appliance VM that was replaced, until that is asked to end.
 const LET_GO_LIMIT: Duration = Duration::from_secs(5);
 
-/// How long a standby may take to become active after the bridge has dropped the appliance VM before it.
+/// How long a standby may take to become active after a bridge has dropped the appliance VM before it.
 const TAKE_OVER_LIMIT: Duration = Duration::from_secs(1);
 
 /// Time for a QEMU that was asked to end to finish the disk's requests.
@@ -55,21 +62,21 @@ pub(crate) const APPLIANCE_GRACE: Duration = Duration::from_secs(10);
 /// Where a run stands.
 #[derive(Debug)]
 enum State {
-    /// The bridge runs and does not listen yet. No limit if it is killed already for being overdue.
+    /// All bridges run, and some do not listen yet. No limit if these are killed already for being overdue.
     BridgeStarts { until: Option<Instant> },
-    /// The bridge listens, an appliance VM boots, none is in use.
+    /// The bridges listen, an appliance VM boots, none is in use.
     Boots { appliance: Appliance, until: Instant },
     /// An appliance VM is in use.
     Serves { active: Appliance },
     /// An appliance VM is in use, another one boots to take its place.
     Replaces { active: Appliance, standby: Appliance, until: Instant },
-    /// The bridge lives; an appliance VM is started at this time.
+    /// The bridges live; an appliance VM is started at this time.
     Pauses { until: Instant },
-    /// The run ends so at this time, unless the bridge turns out to be the cause.
+    /// The run ends so at this time, unless a bridge turns out to be the cause.
     Blames { ending: Ending, until: Instant },
-    /// The bridge is gone; its appliance VMs are retiring.
+    /// A bridge is gone; its appliance VMs are retiring.
     Clears(Next),
-    /// Nothing lives; the bridge is started at this time.
+    /// No appliance VM lives; the bridges that are gone are started at this time.
     PausesWithoutBridge { until: Instant },
     /// The run is over.
     Over,
@@ -82,6 +89,16 @@ enum Next {
     Start(Instant),
     /// The end.
     End { ending: Ending, by_signal: bool },
+}
+
+impl Next {
+    /// The same, but no start before this time.
+    fn not_before(self, earliest: Instant) -> Self {
+        match self {
+            Self::Start(at) => Self::Start(at.max(earliest)),
+            Self::End { .. } => self,
+        }
+    }
 }
 
 /// A loss that is being repaired.
@@ -105,7 +122,7 @@ pub(crate) struct Supervisor {
     state: State,
     retiring: Vec<Retiring>,
     restarts: Restarts,
-    numbers: Numbers,
+    bridges: Bridges,
     last_id: u32,
     was_ready: bool,
     recovery: Option<Recovery>,
@@ -114,13 +131,13 @@ pub(crate) struct Supervisor {
 }
 
 impl Supervisor {
-    /// A run whose bridge was just started.
-    pub(crate) fn new(restarts: Restarts, now: Instant) -> Self {
+    /// A run whose bridges were just started, one for each of `ports` ports.
+    pub(crate) fn new(restarts: Restarts, ports: u8, now: Instant) -> Self {
         Self {
             state: State::BridgeStarts { until: Some(now + LISTENING_LIMIT) },
             retiring: Vec::new(),
             restarts,
-            numbers: Numbers::default(),
+            bridges: Bridges::started(ports),
             last_id: 0,
             was_ready: false,
             recovery: None,
@@ -132,12 +149,12 @@ impl Supervisor {
     /// Takes in what happened and returns what shall be done.
     pub(crate) fn handle(&mut self, input: Input, now: Instant) -> Vec<Action> {
         match input {
-            Input::Listening => self.listening(now),
-            Input::Ready => self.ready(now),
-            Input::Active { accepted, pause_us } => self.active(accepted, pause_us, now),
-            Input::Dropped(accepted) => self.dropped(accepted, now),
+            Input::Listening(port) => self.listening(port, now),
+            Input::Ready(port) => self.ready(port, now),
+            Input::Active { port, accepted, pause_us } => self.active(port, accepted, pause_us, now),
+            Input::Dropped(port, accepted) => self.dropped(port, accepted, now),
             Input::ApplianceEnded(id, death) => self.appliance_ended(id, death, now),
-            Input::BridgeEnded(death) => self.bridge_ended(death, now),
+            Input::BridgeEnded(port, death) => self.bridge_ended(port, death, now),
             Input::Replace => self.replace(now),
             Input::ReplaceAbandoned => self.abandon(),
             Input::Signal(name) => self.end(Ending::signal(name, self.was_ready)),
@@ -216,8 +233,9 @@ impl Supervisor {
         }
     }
 
-    fn listening(&mut self, now: Instant) {
-        if matches!(self.state, State::BridgeStarts { until: Some(_) }) {
+    fn listening(&mut self, port: PortId, now: Instant) {
+        self.bridges.listen(port);
+        if matches!(self.state, State::BridgeStarts { .. }) && self.bridges.all_listen() {
             self.start_appliance(now);
         }
     }
@@ -230,43 +248,72 @@ impl Supervisor {
 
     fn next_appliance(&mut self) -> Appliance {
         self.last_id += 1;
-        Appliance { id: ApplianceId(self.last_id), accepted: None, dropped_until: None, fault: None }
+        Appliance {
+            id: ApplianceId(self.last_id),
+            accepted: PerPort::default(),
+            active: PortSet::default(),
+            dropped: PortSet::default(),
+            dropped_until: None,
+            pause_us: None,
+            fault: None,
+        }
     }
 
-    fn ready(&mut self, now: Instant) {
-        if let State::Boots { appliance, .. } = self.state
+    fn ready(&mut self, port: PortId, now: Instant) {
+        let count = self.bridges.count();
+        if let State::Boots { appliance, .. } = &mut self.state
             && appliance.fault.is_none()
         {
-            self.enter(State::Serves { active: appliance });
-            self.in_use_again(appliance.id, now);
+            appliance.active.insert(port);
+            if appliance.active.is_all(count) {
+                let active = *appliance;
+                self.enter(State::Serves { active });
+                self.in_use_again(active.id, now);
+            }
         }
     }
 
-    fn active(&mut self, accepted: Accepted, pause_us: Option<u64>, now: Instant) {
-        let Some(id) = self.identify(accepted, now, true) else { return };
-        match self.state {
-            State::Boots { appliance, .. } if appliance.id == id && appliance.fault.is_none() => {
+    fn active(&mut self, port: PortId, accepted: Accepted, pause_us: Option<u64>, now: Instant) {
+        let Some(id) = self.identify(port, accepted, now, true) else { return };
+        let Some(appliance) = self.alive_mut().find(|appliance| appliance.id == id) else { return };
+        appliance.active.insert(port);
+        appliance.pause_us = appliance.pause_us.max(pause_us);
+        let longest_us = appliance.pause_us;
+        let everywhere = appliance.active.is_all(self.bridges.count());
+        let pause_us = match self.state {
+            State::Boots { appliance, .. } if appliance.id == id && appliance.fault.is_none() && everywhere => {
                 self.enter(State::Serves { active: appliance });
-                self.note_replaced(id, pause_us, now);
+                self.note_replaced(id, longest_us, now);
                 self.in_use_again(id, now);
+                longest_us
             }
-            State::Replaces { active, standby, .. } if standby.id == id && standby.fault.is_none() => {
+            State::Replaces { active, standby, .. } if standby.id == id && standby.fault.is_none() && everywhere => {
                 self.enter(State::Serves { active: standby });
-                self.note_replaced(id, pause_us, now);
+                self.note_replaced(id, longest_us, now);
                 self.retire(active, now);
+                longest_us
             }
-            State::Serves { active } | State::Replaces { active, .. } if active.id == id => {}
-            _ => return,
-        }
+            State::Serves { active } | State::Replaces { active, .. } if active.id == id => pause_us,
+            _ => return self.forgive_drops(),
+        };
         self.tell(Report::Active { appliance: id, pause_us });
         self.answer_replaced();
+    }
+
+    /// What dropped the appliance VM in use has moved on to the standby, where that is so.
+    fn forgive_drops(&mut self) {
+        if let State::Replaces { active, standby, .. } = &mut self.state
+            && active.dropped.is_within(standby.active)
+        {
+            active.dropped_until = None;
+        }
     }
 
     /// Sends an appliance VM on its way out that another one has replaced.
     fn retire(&mut self, appliance: Appliance, now: Instant) {
         let stage = if appliance.fault.is_some() {
             Stage::Killed
-        } else if appliance.dropped_until.is_some() {
+        } else if appliance.dropped.is_all(self.bridges.count()) {
             self.actions.push(Action::Terminate(appliance.id));
             Stage::Asked(now + APPLIANCE_GRACE)
         } else {
@@ -314,10 +361,12 @@ impl Supervisor {
         }
     }
 
-    fn dropped(&mut self, accepted: Accepted, now: Instant) {
-        let Some(id) = self.identify(accepted, now, false) else { return };
+    fn dropped(&mut self, port: PortId, accepted: Accepted, now: Instant) {
+        let Some(id) = self.identify(port, accepted, now, false) else { return };
+        let count = self.bridges.count();
         if let Some(retiring) = self.retiring.iter_mut().find(|retiring| retiring.appliance.id == id) {
-            if matches!(retiring.stage, Stage::LetGo(_)) {
+            retiring.appliance.dropped.insert(port);
+            if matches!(retiring.stage, Stage::LetGo(_)) && retiring.appliance.dropped.is_all(count) {
                 retiring.stage = Stage::Asked(now + APPLIANCE_GRACE);
                 self.actions.push(Action::Terminate(id));
             }
@@ -326,16 +375,18 @@ impl Supervisor {
         match &mut self.state {
             // It may have failed, or have been drained for the standby, which is announced in a moment then.
             State::Replaces { active, standby, .. } if active.id == id && standby.fault.is_none() => {
+                active.dropped.insert(port);
                 active.dropped_until.get_or_insert(now + TAKE_OVER_LIMIT);
+                self.forgive_drops();
             }
             _ => self.kill_for(id, Fault::Dropped),
         }
     }
 
-    /// The standby is no more; the one in use stays that, unless the bridge has dropped it in the meantime.
+    /// The standby is no more; the one in use stays that, unless a bridge has dropped it in the meantime.
     fn keep_active(&mut self, active: Appliance) {
         self.enter(State::Serves { active });
-        if active.dropped_until.is_some() {
+        if !active.dropped.is_empty() {
             self.kill_for(active.id, Fault::Dropped);
         }
     }
@@ -382,8 +433,10 @@ impl Supervisor {
         self.alive().chain(self.retiring.iter().map(|retiring| retiring.appliance))
     }
 
-    fn start_bridge(&mut self, now: Instant) {
-        self.actions.push(Action::StartBridge);
+    /// Starts the bridges that are gone.
+    fn start_bridges(&mut self, now: Instant) {
+        let gone = self.bridges.start();
+        self.actions.extend(gone.into_iter().map(Action::StartBridge));
         self.enter(State::BridgeStarts { until: Some(now + LISTENING_LIMIT) });
     }
 
@@ -399,7 +452,10 @@ impl Supervisor {
 
     fn abandon(&mut self) {
         self.replacement = None;
-        if let State::Replaces { active, standby, .. } = self.state {
+        if let State::Replaces { active, standby, .. } = self.state
+            // What some of the bridges use already is not taken from them.
+            && standby.active.is_empty()
+        {
             self.keep_active(active);
             if standby.fault.is_none() {
                 self.actions.push(Action::Kill(standby.id));
@@ -432,7 +488,8 @@ impl Supervisor {
         match &mut self.state {
             State::BridgeStarts { until } if until.is_some_and(|until| until <= now) => {
                 *until = None;
-                self.actions.push(Action::KillBridge);
+                let overdue = self.bridges.give_up();
+                self.actions.extend(overdue.into_iter().map(Action::KillBridge));
             }
             State::Boots { appliance: Appliance { id, .. }, until }
             | State::Replaces { standby: Appliance { id, .. }, until, .. }
@@ -442,7 +499,7 @@ impl Supervisor {
                 self.kill_for(id, Fault::Overdue);
             }
             State::Pauses { until } if *until <= now => self.start_appliance(now),
-            State::PausesWithoutBridge { until } if *until <= now => self.start_bridge(now),
+            State::PausesWithoutBridge { until } if *until <= now => self.start_bridges(now),
             State::Blames { ending, until } if *until <= now => {
                 let ending = ending.clone();
                 self.end(ending);

@@ -5,6 +5,8 @@
 
 use serde::Serialize;
 
+use crate::plan::Plan;
+
 /// Memory of the driver VM in the examples; the reader puts in the VM's own.
 const EXAMPLE_MEMORY: &str = "2G";
 
@@ -13,11 +15,11 @@ const DEVICE_ID: &str = "vvu0";
 
 /// What the texts depend on.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct DeviceAddress<'a> {
+struct DeviceAddress<'a> {
     /// Absolute path of the vhost-user socket.
-    pub(crate) socket: &'a str,
+    socket: &'a str,
     /// Request queues of the device.
-    pub(crate) queues: u16,
+    queues: u16,
 }
 
 /// One text for one VMM.
@@ -32,8 +34,13 @@ pub(crate) struct VmmLines {
 }
 
 /// The texts for all VMMs.
-pub(crate) fn all(device: DeviceAddress<'_>) -> Vec<VmmLines> {
-    vec![qemu(device), cloud_hypervisor(device), libvirt(device), firecracker(device)]
+pub(crate) fn all(plan: &Plan) -> Vec<VmmLines> {
+    plan.ports.iter().flat_map(|port| of_disk(DeviceAddress { socket: &port.socket, queues: port.queues })).collect()
+}
+
+/// The texts for a disk.
+fn of_disk(device: DeviceAddress<'_>) -> [VmmLines; 4] {
+    [qemu(device), cloud_hypervisor(device), libvirt(device), firecracker(device)]
 }
 
 fn qemu(device: DeviceAddress<'_>) -> VmmLines {
@@ -92,7 +99,7 @@ mod tests {
     use super::*;
 
     fn lines_of(vmm: &str, socket: &str, queues: u16) -> String {
-        all(DeviceAddress { socket, queues }).into_iter().find(|entry| entry.vmm == vmm).unwrap().lines
+        of_disk(DeviceAddress { socket, queues }).into_iter().find(|entry| entry.vmm == vmm).unwrap().lines
     }
 
     #[test]

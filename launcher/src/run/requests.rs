@@ -4,12 +4,14 @@ use std::future::pending;
 use std::path::PathBuf;
 
 use super::{Run, in_ms};
-use crate::control::{ImageStatus, LivePids, Reply, Request, Status};
+use crate::control::{ImageStatus, LivePids, PortStatus, Reply, Request, Status};
 use crate::control_socket::{Asked, Replies};
 use crate::fleet::Member;
+use crate::image::Image;
+use crate::plan::{Class, Disk};
 use crate::programs::{self, ApplianceFiles};
 use crate::resize::Resize;
-use crate::supervisor::{Input, Replaced};
+use crate::supervisor::{Input, PortId, Replaced};
 
 /// A replacement of the appliance VM, and who waits for it.
 #[derive(Debug)]
@@ -46,7 +48,7 @@ impl Run<'_> {
     }
 
     fn replace(&mut self, directory: Option<PathBuf>, replies: Replies) {
-        let directory = directory.unwrap_or_else(|| self.plan.appliance.directory.clone());
+        let directory = directory.unwrap_or_else(|| self.plan.machine.appliance.directory.clone());
         let files = self
             .changeable()
             .and_then(|_| programs::find_appliance(Some(&directory)).map_err(|error| format!("{error:#}")));
@@ -70,9 +72,9 @@ impl Run<'_> {
     }
 
     fn resize(&mut self, size_bytes: u64, shrink: bool, replies: Replies) {
-        match self.changeable() {
-            Ok(qmp) => {
-                let resize = Resize { image: self.plan.image.clone(), size_bytes, shrink, qmp };
+        match self.changeable().and_then(|qmp| Ok((qmp, self.resizable()?))) {
+            Ok((qmp, image)) => {
+                let resize = Resize { image, size_bytes, shrink, qmp };
                 // It talks to QEMU, which may take its time, and it is not taken back if nobody waits any more.
                 self.resizing = Some(tokio::spawn(async move {
                     let (reply, size) = resize.run().await;
@@ -84,10 +86,18 @@ impl Run<'_> {
         }
     }
 
+    /// The image of the disk that is served.
+    fn resizable(&self) -> Result<Image, String> {
+        match (self.plan.class, self.plan.disks.first()) {
+            (Class::Blk, Some(disk)) => Ok(disk.image.clone()),
+            (class, _) => Err(format!("a {} device has no size", class.name())),
+        }
+    }
+
     /// The new image is the run's, also for restarts.
     pub(super) fn adopt_image(&mut self) {
         if let Some(wanted) = &self.wanted {
-            self.plan.appliance = wanted.appliance.clone();
+            self.plan.machine.appliance = wanted.appliance.clone();
         }
     }
 
@@ -104,10 +114,11 @@ impl Run<'_> {
         let (plan, in_use) = (&self.plan, self.supervisor.in_use());
         Status {
             state: self.supervisor.word().to_owned(),
-            text: self.status_text.clone(),
+            class: plan.class.name().to_owned(),
+            text: self.ports.first().map(|port| port.status_text.clone()).unwrap_or_default(),
             pids: LivePids {
                 vvu: std::process::id(),
-                bridge: self.fleet.pid(Member::Bridge),
+                bridge: self.fleet.pid(Member::Bridge(PortId(0))),
                 qemu: in_use.and_then(|id| self.fleet.pid(Member::Appliance(id))),
             },
             appliance: in_use.and_then(|id| self.fleet.appliance(id)),
@@ -115,15 +126,32 @@ impl Run<'_> {
             restarts: self.supervisor.restarts(),
             last_pause_us: self.last_pause_us,
             uptime_ms: self.elapsed_ms(),
-            image: ImageStatus {
-                path: plan.image.path.clone(),
-                size_bytes: plan.image.size_bytes,
-                read_only: plan.image.read_only,
-                shared: plan.image_lock.is_none(),
-            },
-            socket: plan.socket.clone(),
-            appliance_dir: plan.appliance.directory.clone(),
+            image: plan.disks.first().filter(|_| plan.class == Class::Blk).map(image_status),
+            disks: plan.disks.iter().map(image_status).collect(),
+            socket: plan.socket().to_owned(),
+            ports: self.port_ids().filter_map(|port| self.port_status(port)).collect(),
+            appliance_dir: plan.machine.appliance.directory.clone(),
             runtime_dir: self.directory.text().to_owned(),
         }
+    }
+
+    fn port_status(&self, number: PortId) -> Option<PortStatus> {
+        let (state, port) = (self.ports.get(number.index())?, self.plan.ports.get(number.index())?);
+        Some(PortStatus {
+            port: number,
+            socket: port.socket.clone(),
+            queues: port.queues,
+            bridge: self.fleet.pid(Member::Bridge(number)),
+            text: state.status_text.clone(),
+        })
+    }
+}
+
+fn image_status(disk: &Disk) -> ImageStatus {
+    ImageStatus {
+        path: disk.image.path.clone(),
+        size_bytes: disk.image.size_bytes,
+        read_only: disk.image.read_only,
+        shared: disk.lock.is_none(),
     }
 }

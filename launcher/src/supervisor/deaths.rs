@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::naming::Numbers;
+use super::ports::PortId;
 use super::vocabulary::{Action, Appliance, ApplianceId, Fault, Part, Progress, Report, Retiring, Stage};
 use super::{BRIDGE_FOLLOWS, LISTENING_LIMIT, Next, READY_LIMIT, Recovery, State, Supervisor};
 use crate::ending::{Death, Ending};
@@ -11,9 +11,12 @@ use crate::restart_policy::Verdict;
 impl Supervisor {
     pub(super) fn appliance_ended(&mut self, id: ApplianceId, death: Death, now: Instant) {
         let known = self.all().find(|appliance| appliance.id == id);
-        let bridge_lives = !matches!(self.state, State::Clears(_));
-        if bridge_lives && known.is_some_and(|appliance| appliance.accepted.is_none()) {
-            self.numbers.note_ghost(now);
+        if let Some(known) = known {
+            for port in PortId::first(self.bridges.count()).filter(|port| known.accepted.get(*port).is_none()) {
+                if let Some(numbers) = self.bridges.numbers(port) {
+                    numbers.note_ghost(now);
+                }
+            }
         }
         if let Some(at) = self.retiring.iter().position(|retiring| retiring.appliance.id == id) {
             let Retiring { appliance, .. } = self.retiring.remove(at);
@@ -78,7 +81,8 @@ impl Supervisor {
         }
     }
 
-    pub(super) fn bridge_ended(&mut self, death: Death, now: Instant) {
+    pub(super) fn bridge_ended(&mut self, port: PortId, death: Death, now: Instant) {
+        let overdue = self.bridges.end(port);
         let of_state: Vec<Appliance> = self.alive().collect();
         let had_appliance = !of_state.is_empty();
         self.retiring.extend(of_state.into_iter().map(|appliance| Retiring { appliance, stage: Stage::LetGo(now) }));
@@ -90,22 +94,27 @@ impl Supervisor {
                 self.actions.push(Action::Kill(retiring.appliance.id));
             }
         }
-        self.numbers = Numbers::default();
         let by_signal = death.is_by_signal();
+        let which = (self.bridges.count() > 1).then_some(port);
         let ending = match &self.state {
             State::Over => return,
             State::Blames { ending, .. } if !by_signal => {
                 let ending = ending.clone();
                 return self.end(ending);
             }
-            State::Blames { .. } => return self.end(Ending::bridge_ended(death, true)),
-            State::BridgeStarts { until: None } => {
-                Ending::not_ready("the bridge does not listen", LISTENING_LIMIT, death)
-            }
-            _ => Ending::bridge_ended(death, had_appliance),
+            State::Blames { .. } => return self.end(Ending::bridge_ended(death, which, true)),
+            _ if overdue => Ending::not_ready("the bridge does not listen", LISTENING_LIMIT, death),
+            _ => Ending::bridge_ended(death, which, had_appliance),
         };
         self.fail_replacement(ending.message());
-        let next = self.after_bridge(ending, by_signal, now);
+        let next = match self.state {
+            // The first death decides how the run ends.
+            State::Clears(Next::End { .. }) => return,
+            State::Clears(Next::Start(at)) | State::PausesWithoutBridge { until: at } => {
+                self.after_bridge(ending, by_signal, now).not_before(at)
+            }
+            _ => self.after_bridge(ending, by_signal, now),
+        };
         self.enter(State::Clears(next));
         self.cleared(None, now);
     }
@@ -142,7 +151,7 @@ impl Supervisor {
         }
         let State::Clears(next) = &self.state else { return };
         match (next.clone(), last) {
-            (Next::Start(at), _) if at <= now => self.start_bridge(now),
+            (Next::Start(at), _) if at <= now => self.start_bridges(now),
             (Next::Start(until), _) => self.enter(State::PausesWithoutBridge { until }),
             // It was on its way out already, and the bridge saw that before we did.
             (Next::End { by_signal: false, .. }, Some(death)) if !death.is_by_sigkill() => {

@@ -1,4 +1,7 @@
-//! Deaths in every state, limits, replacements; and random stories that must keep the invariants.
+//! Deaths in every state, limits, replacements.
+
+mod ports;
+mod random;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::process::ExitStatusExt;
@@ -14,7 +17,7 @@ impl State {
         match (self, next) {
             (Over, _) => false,
             (_, Over) => true,
-            (Blames { .. } | PausesWithoutBridge { .. } | Clears(_), Clears(_)) => false,
+            (Blames { .. } | Clears(Next::End { .. }), Clears(_)) => false,
             (_, Clears(_)) => true,
             (BridgeStarts { .. } | Pauses { .. }, Boots { .. }) => true,
             (Boots { .. }, Serves { .. } | Boots { .. } | Pauses { .. } | Blames { .. }) => true,
@@ -35,6 +38,10 @@ fn death(status: i32) -> Death {
     Death::Ended { status: ExitStatus::from_raw(status), last_lines: vec!["last words".to_owned()] }
 }
 
+/// The port of a run that has one, and the first of a run that has several.
+const FIRST: PortId = PortId(0);
+const SECOND: PortId = PortId(1);
+
 /// A supervisor with a clock that moves when it is told to.
 struct Story {
     supervisor: Supervisor,
@@ -43,15 +50,39 @@ struct Story {
 
 impl Story {
     fn new(limit: Option<&str>) -> Self {
+        Self::with_ports(1, limit)
+    }
+
+    fn with_ports(ports: u8, limit: Option<&str>) -> Self {
         let now = Instant::now();
         let restarts = Restarts::new(limit.map(|limit| limit.parse().unwrap()));
-        Self { supervisor: Supervisor::new(restarts, now), now }
+        Self { supervisor: Supervisor::new(restarts, ports, now), now }
+    }
+
+    /// A run with two ports whose appliance 1 is in use.
+    fn serving_two() -> Self {
+        let mut story = Self::with_ports(2, Some("5/60"));
+        assert_eq!(story.handle(Input::Listening(SECOND)), [], "the other bridge does not listen");
+        assert_eq!(story.handle(Input::Listening(FIRST)), [Action::StartAppliance(ApplianceId(1))]);
+        assert_eq!(story.active_at(FIRST, 1, None), []);
+        assert_eq!(story.handle(Input::Ready(FIRST)), [], "the other bridge is not ready");
+        assert_eq!(story.supervisor.word(), "starting");
+        let ready = Action::Tell(Report::Ready(ApplianceId(1)));
+        assert_eq!(story.active_at(SECOND, 1, None)[0], ready);
+        story
+    }
+
+    /// The same with appliance 2 as its standby.
+    fn replacing_two() -> Self {
+        let mut story = Self::serving_two();
+        assert_eq!(story.handle(Input::Replace), [Action::StartStandby(ApplianceId(2))]);
+        story
     }
 
     /// A run whose appliance 1 is in use.
     fn serving(limit: Option<&str>) -> Self {
         let mut story = Self::new(limit);
-        assert_eq!(story.handle(Input::Listening), [Action::StartAppliance(ApplianceId(1))]);
+        assert_eq!(story.handle(Input::Listening(FIRST)), [Action::StartAppliance(ApplianceId(1))]);
         let first = story.active(1, None);
         assert_eq!(first[0], Action::Tell(Report::Ready(ApplianceId(1))));
         assert_eq!(story.supervisor.word(), "serving");
@@ -71,11 +102,19 @@ impl Story {
     }
 
     fn active(&mut self, accepted: u32, pause_us: Option<u64>) -> Vec<Action> {
-        self.handle(Input::Active { accepted: Accepted(accepted), pause_us })
+        self.active_at(FIRST, accepted, pause_us)
+    }
+
+    fn active_at(&mut self, port: PortId, accepted: u32, pause_us: Option<u64>) -> Vec<Action> {
+        self.handle(Input::Active { port, accepted: Accepted(accepted), pause_us })
     }
 
     fn dropped(&mut self, accepted: u32) -> Vec<Action> {
-        self.handle(Input::Dropped(Accepted(accepted)))
+        self.dropped_at(FIRST, accepted)
+    }
+
+    fn dropped_at(&mut self, port: PortId, accepted: u32) -> Vec<Action> {
+        self.handle(Input::Dropped(port, Accepted(accepted)))
     }
 
     fn appliance_dies(&mut self, id: u32, status: i32) -> Vec<Action> {
@@ -83,7 +122,7 @@ impl Story {
     }
 
     fn bridge_dies(&mut self, status: i32) -> Vec<Action> {
-        self.handle(Input::BridgeEnded(death(status)))
+        self.handle(Input::BridgeEnded(FIRST, death(status)))
     }
 
     /// Lets the clock come to the next deadline.
@@ -123,7 +162,7 @@ fn a_death_before_the_device_was_ready_ends_the_run() {
     assert_eq!(ending(&story.bridge_dies(EXIT_1)), "the bridge ended (exit status: 1), no appliance VM was started");
 
     let mut story = Story::new(Some("5/60"));
-    story.handle(Input::Listening);
+    story.handle(Input::Listening(FIRST));
     assert_eq!(story.appliance_dies(1, EXIT_1), []);
     assert_eq!(story.supervisor.word(), "ending");
     assert_eq!(ending(&story.wait()), "the appliance VM ended (exit status: 1)");
@@ -144,11 +183,11 @@ fn a_bridge_that_was_killed_is_named_though_its_appliance_aborts_first() {
 #[test]
 fn what_takes_too_long_at_the_start_ends_the_run() {
     let mut story = Story::new(Some("5/60"));
-    assert_eq!(story.wait(), [Action::KillBridge]);
+    assert_eq!(story.wait(), [Action::KillBridge(FIRST)]);
     assert_eq!(ending(&story.bridge_dies(KILLED)), "the bridge does not listen after 30 s");
 
     let mut story = Story::new(Some("5/60"));
-    story.handle(Input::Listening);
+    story.handle(Input::Listening(FIRST));
     assert_eq!(story.wait(), [Action::Kill(ApplianceId(1))]);
     assert_eq!(story.supervisor.deadline(), None, "it is killed once");
     assert_eq!(ending(&story.appliance_dies(1, KILLED)), "the device is not ready after 180 s");
@@ -216,8 +255,8 @@ fn a_dead_bridge_takes_its_appliances_along_and_both_come_back() {
     assert_eq!(losses(&actions), [("bridge", BRIDGE_KILLED.to_owned(), true)]);
     assert_eq!(story.supervisor.deadline(), None, "nothing more is done to what is killed");
     assert_eq!(story.appliance_dies(1, KILLED), []);
-    assert_eq!(story.appliance_dies(2, KILLED), [Action::StartBridge], "only once all are gone");
-    assert_eq!(story.handle(Input::Listening), [Action::StartAppliance(ApplianceId(3))]);
+    assert_eq!(story.appliance_dies(2, KILLED), [Action::StartBridge(FIRST)], "only once all are gone");
+    assert_eq!(story.handle(Input::Listening(FIRST)), [Action::StartAppliance(ApplianceId(3))]);
     let actions = story.active(1, Some(7));
     assert!(actions.contains(&Action::Tell(Report::Restarted { what: Part::Bridge, took: Duration::ZERO })));
     assert!(actions.contains(&Action::Tell(Report::Active { appliance: ApplianceId(3), pause_us: Some(7) })));
@@ -229,7 +268,7 @@ fn one_blow_to_both_counts_once() {
     story.appliance_dies(1, ABORTED);
     let actions = story.bridge_dies(KILLED);
     assert_eq!(losses(&actions).len(), 1);
-    assert_eq!(story.appliance_dies(2, KILLED), [Action::StartBridge]);
+    assert_eq!(story.appliance_dies(2, KILLED), [Action::StartBridge(FIRST)]);
     assert_eq!(story.supervisor.restarts(), 1);
 }
 
@@ -241,9 +280,9 @@ fn a_bridge_dies_while_nothing_runs_behind_it() {
     story.now += Duration::from_secs(1);
     let actions = story.bridge_dies(EXIT_1);
     assert_eq!(losses(&actions).len(), 1);
-    assert!(!actions.contains(&Action::StartBridge), "not at once: it was a restart that failed");
-    assert_eq!(story.wait(), [Action::StartBridge]);
-    assert_eq!(story.wait(), [Action::KillBridge], "it does not listen");
+    assert!(!actions.contains(&Action::StartBridge(FIRST)), "not at once: it was a restart that failed");
+    assert_eq!(story.wait(), [Action::StartBridge(FIRST)]);
+    assert_eq!(story.wait(), [Action::KillBridge(FIRST)], "it does not listen");
     assert_eq!(losses(&story.bridge_dies(KILLED)), [("bridge", "the bridge does not listen after 30 s".into(), true)]);
 }
 
@@ -377,7 +416,7 @@ fn a_number_of_the_last_bridge_is_not_taken_for_one_of_the_next() {
     assert_eq!(story.dropped(1), []);
     story.appliance_dies(1, KILLED);
     assert_eq!(story.dropped(2), []);
-    story.handle(Input::Listening);
+    story.handle(Input::Listening(FIRST));
     assert!(!story.active(1, None).is_empty());
     assert_eq!(story.supervisor.in_use(), Some(ApplianceId(2)));
 }
@@ -391,112 +430,4 @@ fn a_signal_ends_the_run_in_any_state() {
     assert_eq!(actions[0], Action::Answer(Err("the run ends".to_owned())));
     assert_eq!(ending(&actions), "ended by SIGTERM");
     assert_eq!(story.bridge_dies(KILLED), []);
-}
-
-/// The processes as they would be if all actions were done.
-#[derive(Default)]
-struct World {
-    bridge: bool,
-    /// What is to be killed or asked to end, and what not.
-    appliances: BTreeMap<ApplianceId, bool>,
-    started: BTreeSet<ApplianceId>,
-    waiting: bool,
-    over: bool,
-}
-
-impl World {
-    fn perform(&mut self, actions: Vec<Action>) {
-        for action in actions {
-            assert!(!self.over, "after the end: {action:?}");
-            match action {
-                Action::StartBridge => {
-                    assert!(!self.bridge && self.appliances.is_empty(), "somebody still lives");
-                    self.bridge = true;
-                }
-                Action::StartAppliance(id) | Action::StartStandby(id) => {
-                    assert!(self.bridge && self.started.insert(id), "{id} is started twice or without a bridge");
-                    self.appliances.insert(id, true);
-                    let wanted = self.appliances.values().filter(|wanted| **wanted).count();
-                    assert!(wanted <= 2, "{wanted} appliance VMs at once");
-                }
-                Action::Terminate(id) | Action::Kill(id) => {
-                    *self.appliances.get_mut(&id).expect("it lives") = false;
-                }
-                Action::KillBridge => assert!(self.bridge),
-                Action::Answer(_) => assert!(std::mem::take(&mut self.waiting), "nobody waits for an answer"),
-                Action::Progress(_) | Action::AdoptImage => assert!(self.waiting),
-                Action::Tell(_) => {}
-                Action::End(_) => self.over = true,
-            }
-        }
-    }
-}
-
-/// A small generator of pseudo-random numbers (xorshift64), for stories that can be told again from their seed.
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, bound: u32) -> u32 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        u32::try_from(self.0 >> 32).unwrap() % bound
-    }
-}
-
-#[test]
-fn random_stories_keep_the_invariants() {
-    let mut words = BTreeSet::new();
-    for seed in 1..3000 {
-        let mut dice = Dice(seed << 32 | 0x9e37_79b9);
-        let mut story = Story::new(Some("20/60"));
-        let mut world = World { bridge: true, ..World::default() };
-        for _ in 0..200 {
-            let status = [KILLED, ABORTED, EXIT_1, 0][dice.below(4) as usize];
-            let accepted = Accepted(dice.below(12));
-            let input = match dice.below(20) {
-                0..=3 => Input::Listening,
-                4..=8 => Input::Active { accepted, pause_us: None },
-                9 => Input::Dropped(accepted),
-                10 => Input::Ready,
-                11 | 12 => match world.appliances.keys().nth(dice.below(3) as usize).copied() {
-                    Some(id) => {
-                        world.appliances.remove(&id);
-                        Input::ApplianceEnded(id, death(status))
-                    }
-                    None => continue,
-                },
-                13 if world.bridge => {
-                    world.bridge = false;
-                    Input::BridgeEnded(death(status))
-                }
-                14 | 15 if story.supervisor.may_replace().is_ok() => {
-                    assert!(!std::mem::replace(&mut world.waiting, true));
-                    Input::Replace
-                }
-                16 if world.waiting => {
-                    world.waiting = false;
-                    Input::ReplaceAbandoned
-                }
-                _ => {
-                    let Some(deadline) = story.supervisor.deadline() else { continue };
-                    story.now = deadline.max(story.now);
-                    Input::TimePassed
-                }
-            };
-            let shown = format!("seed {seed}: {input:?}");
-            let actions = story.handle(input);
-            words.insert(story.supervisor.word());
-            world.perform(actions);
-            assert!(
-                world.over || world.bridge || story.supervisor.deadline().is_some() || !world.appliances.is_empty(),
-                "{shown}: nothing lives and nothing is waited for"
-            );
-            if world.over {
-                assert!(!world.waiting, "{shown}: nobody was told of the end");
-                break;
-            }
-        }
-    }
-    assert_eq!(words.len(), 5, "not every state was visited: {words:?}");
 }

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::time::{Duration, Instant};
 
+use super::ports::{PerPort, PortId, PortSet};
 use crate::ending::{Death, Ending};
 
 /// Number of an appliance VM in this run, from 1 in the order of their starts; never used twice.
@@ -15,30 +16,32 @@ impl fmt::Display for ApplianceId {
     }
 }
 
-/// Number that the bridge gives an appliance VM when it accepts its connections: from 1 for each bridge.
+/// Number that a bridge gives an appliance VM when it accepts its connections: each bridge counts for itself, from 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Accepted(pub(crate) u32);
 
 /// What can happen.
 #[derive(Debug)]
 pub(crate) enum Input {
-    /// The bridge's sockets accept connections.
-    Listening,
+    /// The sockets of a port's bridge accept connections.
+    Listening(PortId),
     /// The bridge can serve a driver VM for the first time.
-    Ready,
+    Ready(PortId),
     /// The bridge uses this appliance VM now.
     Active {
+        /// Whose bridge.
+        port: PortId,
         /// Which one.
         accepted: Accepted,
         /// How long the front-end had to wait for it, in microseconds, if there was one.
         pause_us: Option<u64>,
     },
     /// The bridge has dropped this appliance VM.
-    Dropped(Accepted),
+    Dropped(PortId, Accepted),
     /// An appliance VM's QEMU is gone.
     ApplianceEnded(ApplianceId, Death),
-    /// The bridge is gone.
-    BridgeEnded(Death),
+    /// A port's bridge is gone.
+    BridgeEnded(PortId, Death),
     /// The operator wants another appliance VM in the place of the active one. Ask [`super::Supervisor::may_replace`]
     /// first.
     Replace,
@@ -53,8 +56,8 @@ pub(crate) enum Input {
 /// What shall be done, in this order.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Action {
-    /// Start the bridge; nobody of this run is alive.
-    StartBridge,
+    /// Start a port's bridge; no appliance VM is alive.
+    StartBridge(PortId),
     /// Start an appliance VM from the run's image.
     StartAppliance(ApplianceId),
     /// Start an appliance VM from the image that the operator wants.
@@ -65,8 +68,8 @@ pub(crate) enum Action {
     Terminate(ApplianceId),
     /// Kill an appliance VM.
     Kill(ApplianceId),
-    /// Kill the bridge.
-    KillBridge,
+    /// Kill a port's bridge.
+    KillBridge(PortId),
     /// Tell the operator.
     Tell(Report),
     /// Tell whoever asked for the replacement.
@@ -86,7 +89,7 @@ pub(crate) enum Report {
     Active {
         /// Which one.
         appliance: ApplianceId,
-        /// The front-end's pause in microseconds, if there was one.
+        /// The front-end's pause in microseconds, if there was one; the longest if there are several ports.
         pause_us: Option<u64>,
     },
     /// The appliance VM in use, or the one that was to be, is gone.
@@ -98,7 +101,7 @@ pub(crate) enum Report {
         /// Whether another takes its place.
         restart: bool,
     },
-    /// The bridge is gone, and with it the appliance VMs.
+    /// A bridge is gone, and with it the appliance VMs.
     BridgeLost {
         /// What happened.
         ending: Ending,
@@ -119,7 +122,7 @@ pub(crate) enum Report {
 pub(crate) enum Part {
     /// The appliance VM alone.
     Appliance,
-    /// The bridge and its appliance VM.
+    /// A bridge and its appliance VM.
     Bridge,
 }
 
@@ -137,7 +140,7 @@ pub(crate) enum Progress {
 pub(crate) struct Replaced {
     /// The appliance VM in use now.
     pub(crate) appliance: ApplianceId,
-    /// The front-end's pause in microseconds, if there was one.
+    /// The front-end's pause in microseconds, if there was one; the longest if there are several ports.
     pub(crate) pause_us: Option<u64>,
     /// Time from the request until it was in use.
     pub(crate) took: Duration,
@@ -146,7 +149,7 @@ pub(crate) struct Replaced {
 /// Why an appliance VM is killed that did not end by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Fault {
-    /// The bridge has dropped it.
+    /// A bridge has dropped it.
     Dropped,
     /// It took too long to get ready.
     Overdue,
@@ -156,10 +159,16 @@ pub(super) enum Fault {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Appliance {
     pub(super) id: ApplianceId,
-    /// As soon as the bridge has named it.
-    pub(super) accepted: Option<Accepted>,
-    /// Set when the bridge has dropped it for a standby, it seems: killed then unless that has become the active one.
+    /// The number that each bridge has given it.
+    pub(super) accepted: PerPort<Option<Accepted>>,
+    /// Ports whose bridges use it.
+    pub(super) active: PortSet,
+    /// Ports whose bridges have dropped it.
+    pub(super) dropped: PortSet,
+    /// Set when a bridge has dropped it for a standby, it seems: killed then unless that is in use there.
     pub(super) dropped_until: Option<Instant>,
+    /// The longest time that a front-end had to wait for it, in microseconds.
+    pub(super) pause_us: Option<u64>,
     /// Set when it is killed; its death is still to come.
     pub(super) fault: Option<Fault>,
 }

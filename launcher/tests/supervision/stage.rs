@@ -189,7 +189,7 @@ impl Run {
     /// Announces something, as the bridge does.
     pub(crate) fn announce(&self, text: &str) {
         let notify = UnixDatagram::unbound().unwrap();
-        notify.send_to(text.as_bytes(), self.runtime_dir.join("notify.sock")).unwrap();
+        notify.send_to(text.as_bytes(), self.runtime_dir.join("port-0/notify.sock")).unwrap();
     }
 
     /// Waits for the end; returns the last event and in which order the children ended. Nothing may be left behind.
