@@ -20,6 +20,9 @@ pub enum ImageError {
     /// Two recipes put different things at the same place.
     #[error("{0} is in the image already, with other content")]
     Duplicate(String),
+    /// A device node was to be made in a directory.
+    #[error("{0} is a device node, which a directory of programs does not have")]
+    Node(String),
     /// A file is larger than a newc archive can say.
     #[error("{path} has {bytes} bytes, an initramfs holds files below 4 GiB")]
     TooLarge {

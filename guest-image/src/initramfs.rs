@@ -2,7 +2,10 @@
 //! (Linux, Documentation/driver-api/early-userspace/buffer-format.rst).
 
 use std::collections::BTreeMap;
+use std::fs::{self, Permissions};
 use std::io::Write;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::Path;
 
 use cpio::newc::{Builder, ModeFileType, trailer};
 use sha2::{Digest, Sha256};
@@ -130,6 +133,27 @@ impl Initramfs {
         files.collect()
     }
 
+    /// Makes the entries below an empty directory instead of an archive.
+    ///
+    /// # Errors
+    /// [`ImageError::Node`] for a device node, which only root can make, and errors of writing.
+    pub fn write_to(&self, directory: &Path) -> Result<(), ImageError> {
+        for (path, entry) in &self.entries {
+            let place = directory.join(path);
+            match &entry.content {
+                Content::Directory => fs::create_dir(&place),
+                Content::File(bytes) => fs::write(&place, bytes),
+                Content::Symlink(target) => symlink(target, &place),
+                Content::Node { .. } => return Err(ImageError::Node(path.clone())),
+            }
+            .map_err(at(&place))?;
+            if !matches!(entry.content, Content::Symlink(_)) {
+                fs::set_permissions(&place, Permissions::from_mode(entry.permissions)).map_err(at(&place))?;
+            }
+        }
+        Ok(())
+    }
+
     /// The archive's bytes.
     ///
     /// # Errors
@@ -210,6 +234,20 @@ mod tests {
         let expected: Vec<_> =
             expected.map(|(name, ino, mode, data)| (name.to_owned(), ino, mode, data.to_vec())).into();
         assert_eq!(entries, expected);
+    }
+
+    #[test]
+    fn a_directory_has_the_same_content() {
+        let mut image = Initramfs::new();
+        image.add_file("bin/tool", 0o755, b"#!".to_vec()).unwrap();
+        image.add_symlink("bin/other", "tool").unwrap();
+        let place = tempfile::tempdir().unwrap();
+        image.write_to(place.path()).unwrap();
+        assert_eq!(fs::read(place.path().join("bin/other")).unwrap(), b"#!");
+        assert_eq!(fs::metadata(place.path().join("bin/tool")).unwrap().permissions().mode() & 0o7777, 0o755);
+        image.add_node("null", 0o666, DeviceKind::Character, 1, 3).unwrap();
+        let elsewhere = tempfile::tempdir().unwrap();
+        assert!(matches!(image.write_to(elsewhere.path()), Err(ImageError::Node(_))));
     }
 
     #[test]

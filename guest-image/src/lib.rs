@@ -1,10 +1,11 @@
-//! Recipes of what boots: the appliance image, and the initramfs of the driver VM that tests and demo use.
+//! Recipes of what boots: the appliance image, the initramfs of the driver VM that tests and demo use, and overlays with
+//! back-ends that others wrote.
 //!
-//! Used by `cargo xtask image` ([`build_appliance_image`]) and by whole-machine tests
-//! ([`build_driver_image`], [`Initramfs`]). The same input gives the same bytes: entries are sorted,
+//! Used by `cargo xtask image` ([`build_appliance_image`]), `cargo xtask overlay` ([`build_overlay`]) and by whole-machine
+//! tests ([`build_driver_image`], [`Initramfs`]). The same input gives the same bytes: entries are sorted,
 //! numbered in order, owned by root and dated 1970, and no path of the building machine is in them.
 //!
-//! It never fetches anything (`vvu-setup` has), never mounts, never needs root, and leaves no binary in
+//! It fetches nothing itself (`vvu-setup` does), never mounts, never needs root, and leaves no binary in
 //! the source tree.
 
 mod appliance;
@@ -15,6 +16,7 @@ mod error;
 mod initramfs;
 mod manifest;
 mod modules;
+mod overlay;
 mod programs;
 
 pub use appliance::{ApplianceFiles, appliance_initramfs, build_appliance_image};
@@ -24,4 +26,5 @@ pub use error::ImageError;
 pub use initramfs::{DeviceKind, Initramfs};
 pub use manifest::{FileRecord, Manifest};
 pub use modules::ModuleTree;
+pub use overlay::{Overlay, build_overlay};
 pub use programs::add_program;

@@ -17,15 +17,17 @@ const LIBRARY_DIRECTORIES: [&str; 6] =
 const MAX_SYMLINKS: usize = 40;
 
 /// Adds the program at `path` (relative, in `root`) to an image at the same path, with the libraries and
-/// the dynamic loader that it needs. Symbolic links are followed inside `root` and become plain files.
+/// the dynamic loader that it needs. Symbolic links are followed inside `root` and become plain files. A library that is in
+/// the image already stays: roots of one release may differ in its revisions.
 ///
 /// # Errors
 /// [`ImageError::NotInRoot`] for the program or one of its libraries, and errors of reading.
 pub fn add_program(image: &mut Initramfs, root: &Path, path: &str) -> Result<(), ImageError> {
     let mut done = BTreeSet::new();
+    let program = path;
     let mut pending = vec![path.to_owned()];
     while let Some(path) = pending.pop() {
-        if !done.insert(path.clone()) {
+        if !done.insert(path.clone()) || (path != program && image.contains(&path)) {
             continue;
         }
         let Some(file) = resolve(root, &path) else {

@@ -3,7 +3,7 @@
 //! the programs of the driver VM's root.
 //!
 //! Used by `cargo xtask setup`, which calls [`run`], and by everything that starts a machine
-//! (`guest-image`, `tests`), which reads the result with [`Setup::load`].
+//! (`guest-image`, `tests`), which reads the result with [`Setup::load`]; what few need, they ask for with [`Extra::root`].
 //!
 //! It never installs anything on the host's system, never needs root, never checks a signature itself
 //! (apt does) and never names a mirror (the machine's own apt configuration does).
@@ -18,6 +18,7 @@ mod apt;
 mod command;
 mod distribution;
 mod error;
+mod extra;
 mod kernel;
 mod qemu;
 mod record;
@@ -27,5 +28,6 @@ mod sources;
 mod step;
 
 pub use error::SetupError;
+pub use extra::Extra;
 pub use record::{Setup, cache_root};
 pub use run::{SetupOptions, run};

@@ -60,19 +60,24 @@ pub fn run(options: &SetupOptions) -> Result<Setup, SetupError> {
         qemu_storage_daemon,
         recipe: recipe(),
     };
-    // All packages are unpacked, so neither they nor their lists are needed again.
-    let apt = cache.join("apt");
-    if apt.exists() {
-        fs::remove_dir_all(&apt).map_err(at(&apt))?;
-    }
+    remove_lists(&cache)?;
     setup.save_to(&cache)?;
     let megabytes = megabytes(size_of(&cache)?);
     eprintln!("setup: QEMU {version}, kernel {}; {megabytes} in {}", setup.kernel_release, cache.display());
     Ok(setup)
 }
 
+/// Once all packages are unpacked, neither they nor their lists are needed again.
+pub(crate) fn remove_lists(cache: &Path) -> Result<(), SetupError> {
+    let apt = cache.join("apt");
+    if apt.exists() {
+        fs::remove_dir_all(&apt).map_err(at(&apt))?;
+    }
+    Ok(())
+}
+
 /// Takes the cache for this process and its children, and waits for another set-up to end.
-fn lock(cache: &Path) -> Result<File, SetupError> {
+pub(crate) fn lock(cache: &Path) -> Result<File, SetupError> {
     let path = cache.join("lock");
     let file = File::create(&path).map_err(at(&path))?;
     // An apt that outlives a killed set-up must keep the next one waiting.
@@ -85,7 +90,7 @@ fn lock(cache: &Path) -> Result<File, SetupError> {
 }
 
 /// Where things come from on this machine.
-struct Provider<'a> {
+pub(crate) struct Provider<'a> {
     cache: &'a Path,
     /// Debian's mirror and the machine's release, or why this is no Debian.
     debian: Result<distribution::Debian, String>,
@@ -93,8 +98,13 @@ struct Provider<'a> {
 }
 
 impl<'a> Provider<'a> {
-    fn new(cache: &'a Path) -> Result<Self, SetupError> {
+    pub(crate) fn new(cache: &'a Path) -> Result<Self, SetupError> {
         Ok(Self { cache, debian: distribution::detect()?, search: std::env::var_os("PATH") })
+    }
+
+    /// Whether no packages can be unpacked.
+    pub(crate) fn is_foreign(&self) -> bool {
+        self.debian.is_err()
     }
 
     /// The QEMU of the appliance VM with its tools: the one named, else the machine's, else a private one.
@@ -122,7 +132,7 @@ impl<'a> Provider<'a> {
     }
 
     /// A program of a system from whose packages nothing can be unpacked.
-    fn installed(&self, program: &'static str) -> Result<PathBuf, SetupError> {
+    pub(crate) fn installed(&self, program: &'static str) -> Result<PathBuf, SetupError> {
         qemu::program_on_path(self.search.as_deref(), program).ok_or(SetupError::NoProgram(program))
     }
 
@@ -177,7 +187,7 @@ impl<'a> Provider<'a> {
     }
 
     /// The private root of a step, which is fetched and unpacked if it is not there.
-    fn root(&self, step: &Step) -> Result<PathBuf, SetupError> {
+    pub(crate) fn root(&self, step: &Step) -> Result<PathBuf, SetupError> {
         let root = self.cache.join("roots").join(step.directory_name());
         if root.exists() {
             return Ok(root);

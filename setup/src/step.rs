@@ -63,6 +63,11 @@ impl Step {
         Self::packages("driver", "programs of the driver VM", appliance_suites(), APPLIANCE_SUITE, &packages)
     }
 
+    /// Packages of the stable release that only those who ask for them need.
+    pub(crate) fn extra(name: &'static str, what: &'static str, packages: &[&str]) -> Self {
+        Self::packages(name, what, appliance_suites(), APPLIANCE_SUITE, packages)
+    }
+
     fn packages(name: &'static str, what: &'static str, suites: Vec<String>, target: &str, names: &[&str]) -> Self {
         let packages = names.iter().map(|name| (*name).to_owned()).collect();
         let selection = Selection::WithDependencies { target: target.into(), packages };
