@@ -8,7 +8,7 @@ use serde::Deserialize;
 use crate::workspace::Workspace;
 
 /// Which crates of the workspace a crate may use. Tests of a crate (dev-dependencies) are free.
-const ALLOWED: [(&str, &[&str]); 14] = [
+const ALLOWED: [(&str, &[&str]); 15] = [
     ("vvu-protocol", &[]),
     ("vvu-socket", &["vvu-protocol"]),
     ("vvu-bridge", &["vvu-protocol", "vvu-socket"]),
@@ -16,6 +16,7 @@ const ALLOWED: [(&str, &[&str]); 14] = [
     ("vvu-back-end", &["vvu-protocol", "vvu-socket"]),
     // A back-end is an ordinary vhost-user program: it knows nothing of appliances.
     ("vvu-blk", &["vvu-back-end", "vvu-protocol"]),
+    ("vvu-net", &["vvu-back-end", "vvu-protocol"]),
     ("vvu-agent", &["vvu-appliance-config", "vvu-protocol", "vvu-socket"]),
     // Other parts are programs to it, as they are to an operator.
     ("vvu", &["vvu-appliance-config", "vvu-protocol"]),

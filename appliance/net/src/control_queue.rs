@@ -1,0 +1,173 @@
+//! The control queue: its thread takes the driver's commands and carries them out (virtio 1.3, section 5.1.6.5).
+
+use std::sync::Arc;
+
+use vvu_back_end::{Chain, Ring, Segment, Service, lost_memory};
+
+use crate::bell::Bell;
+use crate::driver_data::{Cursor, is_whole};
+use crate::driver_state::MAX_COMMAND_LEN;
+use crate::fault::{Condition, Fault};
+use crate::features;
+use crate::port::{MAX_INDIRECT_CHAIN, Port};
+use crate::waiting::Waiting;
+
+/// The device's answers.
+const OK: u8 = 0;
+const ERR: u8 = 1;
+
+struct Worker<'a> {
+    port: &'a Port,
+    service: &'a Service<'a>,
+    bell: Bell,
+    /// None until it could be opened.
+    ring: Option<Ring>,
+    chain: Chain,
+    command: Vec<u8>,
+    losses: u64,
+}
+
+/// Serves the ring until it is stopped, on the queue's thread.
+pub(crate) fn serve(port: &Port, service: &Service<'_>) {
+    let Some(bell) = port.new_bell() else { return };
+    let mut worker = Worker {
+        port,
+        service,
+        bell,
+        ring: None,
+        chain: Chain::new(MAX_INDIRECT_CHAIN),
+        command: Vec::new(),
+        losses: lost_memory::losses(),
+    };
+    worker.run();
+    if let Some(ring) = &worker.ring {
+        service.save_position(ring);
+    }
+    worker.bell.finish();
+}
+
+impl Worker<'_> {
+    fn run(&mut self) {
+        let mut waiting = Waiting::new(Arc::clone(self.service.kick()), Arc::clone(self.service.wakeup()));
+        let mut condition = Condition::Working;
+        while !self.service.should_stop() {
+            if condition == Condition::Working {
+                condition = match self.work() {
+                    Ok(()) => Condition::Working,
+                    Err(fault) => self.pause_or_break(fault),
+                };
+            }
+            let events = waiting.wait(&mut self.bell, None);
+            if events.kicked {
+                self.port.counters.kicks.count();
+            }
+            if events.woken {
+                let changes = self.service.update(self.ring.as_mut());
+                if let Some(kick) = changes.kick {
+                    waiting.replace_kick(kick);
+                }
+                if changes.signal {
+                    self.signal();
+                }
+                if condition == Condition::Waiting {
+                    condition = Condition::Working;
+                }
+            }
+        }
+    }
+
+    /// Takes commands until there are no more.
+    fn work(&mut self) -> Result<(), Fault> {
+        match &mut self.ring {
+            Some(ring) => ring.place()?,
+            None => {
+                let ring = self.service.open_ring()?;
+                begin(self.port, ring.next_avail());
+                self.ring = Some(ring);
+            }
+        }
+        loop {
+            let Some(ring) = &mut self.ring else { return Ok(()) };
+            let count = ring.available()?;
+            for _ in 0..count {
+                self.take_command()?;
+            }
+            self.service.resume();
+            let Some(ring) = &mut self.ring else { return Ok(()) };
+            let is_more = ring.listen()?;
+            if ring.publish()? {
+                self.signal();
+            }
+            if !is_more || self.service.should_stop() {
+                return Ok(());
+            }
+        }
+    }
+
+    fn take_command(&mut self) -> Result<(), Fault> {
+        let Some(ring) = &mut self.ring else { return Ok(()) };
+        let head = ring.peek()?;
+        ring.walk(head, &mut self.chain)?;
+        let Some(answer) = self.chain.writable.first() else { return Err(Fault::Direction { head }) };
+        let answer = Segment { len: 1, ..*answer };
+        ring.take(head);
+        let memory = Arc::clone(ring.view().memory());
+        // One byte more than is allowed, to know that there are more.
+        self.command.resize(MAX_COMMAND_LEN + 1, 0);
+        let len = Cursor::new(&memory, &self.chain.readable).read(&mut self.command)?;
+        if lost_memory::losses() != self.losses {
+            if !is_whole(&memory) {
+                return Err(Fault::MemoryLost);
+            }
+            self.losses = lost_memory::losses();
+        }
+        let command = self.command.get(..len.min(MAX_COMMAND_LEN)).unwrap_or_default();
+        self.port.counters.commands.count();
+        let done = len <= MAX_COMMAND_LEN && carry_out(self.port, command);
+        Cursor::new(&memory, &[answer]).write(&[if done { OK } else { ERR }])?;
+        ring.view().mark_written(answer);
+        Ok(ring.put_used(head, answer.len)?)
+    }
+
+    fn signal(&mut self) {
+        if let Some(call) = self.service.call() {
+            self.port.counters.calls.count();
+            self.bell.signal(self.port.target(self.service.index()), call);
+        }
+    }
+
+    fn pause_or_break(&mut self, fault: Fault) -> Condition {
+        if let Some(ring) = self.ring.as_mut().filter(|ring| ring.is_placed())
+            && matches!(ring.publish(), Ok(true))
+        {
+            self.signal();
+        }
+        match fault {
+            Fault::Ring(error) => self.port.pause_or_break(error, self.service, &mut self.bell),
+            fault => {
+                self.port.break_ring(&fault, self.service, &mut self.bell);
+                Condition::Broken
+            }
+        }
+    }
+}
+
+/// The queue starts. At its beginning the driver is new, and will say what it wants. In its midst the driver has said it to
+/// a back-end before this one, which is gone or on another host: then everything passes, all queues in service are used,
+/// and the network has to learn where the driver is now.
+fn begin(port: &Port, position: u16) {
+    let negotiated = port.negotiated();
+    let mut driver = port.change_driver();
+    if position == 0 {
+        driver.begin_control(negotiated);
+    } else if driver.pairs.is_none() && negotiated.features & features::GUEST_ANNOUNCE != 0 {
+        driver.announce = true;
+        drop(driver);
+        port.config_changed();
+    }
+}
+
+fn carry_out(port: &Port, command: &[u8]) -> bool {
+    let negotiated = port.negotiated();
+    port.change_driver().apply(command, negotiated)
+}

@@ -1,0 +1,220 @@
+//! A transmit queue: its thread takes packets from the ring and carries each of them to where it is to go.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use vvu_back_end::{Chain, Ring, RingError, Service, lost_memory, total_len};
+
+use crate::driver_data::is_whole;
+use crate::fault::Fault;
+use crate::offloads::Offloads;
+use crate::outbox::Outbox;
+use crate::packet::{FRONT_LEN, Packet};
+use crate::port::{MAX_INDIRECT_CHAIN, Port};
+use crate::receiver::header_len;
+use crate::switch::{Place, Switch};
+use crate::waiting::Waiting;
+
+/// Most packets until receivers and the sender see what has become of them.
+const BATCH: u16 = 32;
+
+/// Whether the ring is looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Intake {
+    /// There may be heads to take right now.
+    Ready,
+    /// After the next kick.
+    Waiting,
+    /// After a moment: the port is at its limit.
+    Limited(Instant),
+    /// After the next wakeup: the front-end has to give something first.
+    Paused,
+    /// The driver broke the ring; only a restart helps.
+    Broken,
+}
+
+struct Transmitter<'a> {
+    switch: &'a Switch,
+    port: &'a Port,
+    service: &'a Service<'a>,
+    outbox: Outbox,
+    /// None until it could be opened.
+    ring: Option<Ring>,
+    chain: Chain,
+    header_len: usize,
+    offloads: Offloads,
+    losses: u64,
+    /// Something of the ring or of its next packet had to be waited for.
+    pauses: bool,
+    front: Box<[u8; FRONT_LEN]>,
+}
+
+/// Serves the queue's ring until it is stopped, on the queue's thread.
+pub(crate) fn serve(switch: &Switch, port: &Port, service: &Service<'_>) {
+    let Some(bell) = port.new_bell() else { return };
+    let bits = service.features().bits();
+    let mut transmitter = Transmitter {
+        switch,
+        port,
+        service,
+        outbox: Outbox::new(bell, usize::from(service.index() / 2)),
+        ring: None,
+        chain: Chain::new(MAX_INDIRECT_CHAIN),
+        header_len: header_len(bits),
+        offloads: Offloads::of_sender(bits),
+        losses: lost_memory::losses(),
+        pauses: false,
+        front: Box::new([0; FRONT_LEN]),
+    };
+    transmitter.run();
+    if let Some(ring) = &transmitter.ring {
+        service.save_position(ring);
+    }
+    transmitter.outbox.bell.finish();
+}
+
+impl Transmitter<'_> {
+    fn run(&mut self) {
+        let (kick, wakeup) = (Arc::clone(self.service.kick()), Arc::clone(self.service.wakeup()));
+        let mut waiting = Waiting::new(kick, wakeup);
+        // Packets may have been made available before the ring started, and their kick may be gone.
+        let mut intake = Intake::Ready;
+        while !self.service.should_stop() {
+            if intake == Intake::Ready {
+                intake = self.work();
+            }
+            let limit = match intake {
+                Intake::Ready => Some(Duration::ZERO),
+                Intake::Limited(until) => Some(until.saturating_duration_since(Instant::now())),
+                _ => None,
+            };
+            let events = waiting.wait(&mut self.outbox.bell, limit);
+            if events.kicked {
+                self.port.counters.kicks.count();
+            }
+            if events.woken {
+                let changes = self.service.update(self.ring.as_mut());
+                if let Some(kick) = changes.kick {
+                    waiting.replace_kick(kick);
+                }
+                if changes.signal {
+                    self.signal();
+                }
+            }
+            intake = match intake {
+                Intake::Waiting if events.kicked || events.woken => Intake::Ready,
+                Intake::Paused if events.woken => Intake::Ready,
+                Intake::Limited(until) if Instant::now() >= until => Intake::Ready,
+                other => other,
+            };
+        }
+    }
+
+    /// Takes what is there, at most a batch, and tells all sides of it.
+    fn work(&mut self) -> Intake {
+        let outcome = self.take_batch();
+        self.switch.flush(&mut self.outbox);
+        let published = match (&mut self.ring, &outcome) {
+            (Some(ring), Ok(_)) => ring.publish(),
+            (Some(ring), Err(_)) if ring.is_placed() => ring.publish(),
+            _ => Ok(false),
+        };
+        if matches!(published, Ok(true)) {
+            self.signal();
+        }
+        match (outcome, published) {
+            (Ok(intake), Ok(_)) => intake,
+            (Err(fault), _) => self.pause_or_break(fault),
+            (_, Err(error)) => self.pause_or_break(error.into()),
+        }
+    }
+
+    fn take_batch(&mut self) -> Result<Intake, Fault> {
+        match &mut self.ring {
+            Some(ring) => ring.place()?,
+            None => self.ring = Some(self.service.open_ring()?),
+        }
+        let Some(ring) = &mut self.ring else { return Ok(Intake::Paused) };
+        let count = ring.available()?;
+        for _ in 0..count.min(BATCH) {
+            if let Some(until) = self.take_packet()? {
+                return Ok(Intake::Limited(until));
+            }
+        }
+        if std::mem::take(&mut self.pauses) {
+            self.service.resume();
+        }
+        let Some(ring) = &mut self.ring else { return Ok(Intake::Paused) };
+        if count > BATCH || ring.listen()? { Ok(Intake::Ready) } else { Ok(Intake::Waiting) }
+    }
+
+    /// Takes one packet and sends it on its way; says how long to wait if the port is at its limit.
+    fn take_packet(&mut self) -> Result<Option<Instant>, Fault> {
+        let Some(ring) = &mut self.ring else { return Ok(None) };
+        let head = ring.peek()?;
+        ring.walk(head, &mut self.chain)?;
+        let len = total_len(&self.chain.readable);
+        if !self.chain.writable.is_empty() {
+            return Err(Fault::Direction { head });
+        }
+        if len < self.header_len as u64 {
+            return Err(Fault::Short { head, len });
+        }
+        let (now, bytes) = (Instant::now(), len.saturating_sub(self.header_len as u64));
+        if let Err(until) = self.port.limit.take(1, bytes, now) {
+            self.port.counters.tx_waits.count();
+            return Ok(Some(until));
+        }
+        let memory = Arc::clone(ring.view().memory());
+        ring.take(head);
+        let (segments, offloads) = (&self.chain.readable, self.offloads);
+        let packet = Packet::from_driver(&memory, segments, self.header_len, offloads, &mut self.front);
+        if lost_memory::losses() != self.losses {
+            if !is_whole(&memory) {
+                return Err(Fault::MemoryLost);
+            }
+            self.losses = lost_memory::losses();
+        }
+        self.port.counters.tx_packets.count();
+        self.port.counters.tx_bytes.add(bytes);
+        match packet {
+            Ok(packet) => self.switch.accept(Place::Port(self.port.index), &packet, &mut self.outbox, now),
+            Err(error) => self.port.note_malformed(&error),
+        }
+        if let Some(ring) = &mut self.ring {
+            ring.put_used(head, 0)?;
+        }
+        Ok(None)
+    }
+
+    fn signal(&mut self) {
+        if let Some(call) = self.service.call() {
+            self.port.counters.calls.count();
+            self.outbox.bell.signal(self.port.target(self.service.index()), call);
+        }
+    }
+
+    fn pause_or_break(&mut self, fault: Fault) -> Intake {
+        let outcome = match fault {
+            Fault::Ring(error) => self.pause(error),
+            fault => Err(fault),
+        };
+        match outcome {
+            Ok(()) => {
+                self.pauses = true;
+                Intake::Paused
+            }
+            Err(fault) => {
+                self.port.break_ring(&fault, self.service, &mut self.outbox.bell);
+                Intake::Broken
+            }
+        }
+    }
+
+    fn pause(&self, error: RingError) -> Result<(), Fault> {
+        match error.pause() {
+            Some(pause) => Ok(self.service.pause(pause)?),
+            None => Err(error.into()),
+        }
+    }
+}

@@ -1,0 +1,69 @@
+//! Where the thread of a queue waits: for the driver's kick, for the control thread, and for signals under way.
+
+use std::io::IoSliceMut;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::{Errno, ReadWriteFlags, preadv2};
+use vvu_back_end::wakeup::Wakeup;
+
+use crate::bell::Bell;
+
+/// See the module's text.
+#[derive(Debug)]
+pub(crate) struct Waiting {
+    /// None after it has turned out to be no event.
+    kick: Option<Arc<OwnedFd>>,
+    wakeup: Arc<Wakeup>,
+}
+
+/// What has happened.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Events {
+    /// The driver has kicked.
+    pub(crate) kicked: bool,
+    /// There is something to follow.
+    pub(crate) woken: bool,
+}
+
+impl Waiting {
+    pub(crate) fn new(kick: Arc<OwnedFd>, wakeup: Arc<Wakeup>) -> Self {
+        Self { kick: Some(kick), wakeup }
+    }
+
+    /// Waits for this kick from now on.
+    pub(crate) fn replace_kick(&mut self, kick: Arc<OwnedFd>) {
+        self.kick = Some(kick);
+    }
+
+    /// Waits until something happens, or for as long as is said.
+    pub(crate) fn wait(&mut self, bell: &mut Bell, limit: Option<Duration>) -> Events {
+        let limit = limit.map(|limit| Timespec::try_from(limit).unwrap_or(Timespec { tv_sec: 1, tv_nsec: 0 }));
+        let mut polled = vec![PollFd::new(&self.wakeup, PollFlags::IN)];
+        polled.extend(self.kick.as_ref().map(|kick| PollFd::new(kick, PollFlags::IN)));
+        let progress = bell.progress();
+        polled.extend(progress.iter().map(|progress| PollFd::new(progress, PollFlags::IN)));
+        // An interruption is a look at what there is.
+        let _count = poll(&mut polled, limit.as_ref());
+        bell.proceed();
+        Events { kicked: self.take_kick(), woken: self.wakeup.consume() }
+    }
+
+    /// Takes the kick without waiting, whatever its flags are.
+    fn take_kick(&mut self) -> bool {
+        let Some(kick) = &self.kick else { return false };
+        let mut count = [0; 8];
+        // An offset of -1 stands for the file's own position, which an eventfd does not have.
+        match preadv2(kick, &mut [IoSliceMut::new(&mut count)], u64::MAX, ReadWriteFlags::NOWAIT) {
+            Ok(_) => true,
+            Err(Errno::AGAIN | Errno::INTR) => false,
+            Err(error) => {
+                tracing::warn!(%error, "kick cannot be read; the ring is not looked at until there is another");
+                self.kick = None;
+                false
+            }
+        }
+    }
+}
