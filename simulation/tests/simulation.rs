@@ -19,14 +19,18 @@ mod simulation {
     mod back_end;
     mod checks;
     mod device;
+    mod device_state;
+    mod dirty_pages;
     mod doorbell;
     mod file;
     mod front_end;
     mod host;
     mod log;
     mod machine;
+    mod questions;
     mod ring;
     mod schedule;
+    mod task;
     mod tests;
     mod virtq;
     mod vmm;

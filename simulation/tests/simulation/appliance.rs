@@ -234,7 +234,7 @@ impl ControlPort for Port {
     async fn event(&mut self) -> Result<ControlEvent, ControlError> {
         loop {
             if self.receive.has_used() {
-                self.vmm.refresh_config().await;
+                self.vmm.look_at_status().await;
                 let bytes = self.receive.take_used().expect("it was there");
                 self.receive.offer_buffers();
                 self.before_resume(&bytes);

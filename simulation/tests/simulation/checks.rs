@@ -4,8 +4,10 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use tokio::time::Instant;
+use vvu_protocol::message::StateDirection;
 use vvu_protocol::window::FileId;
 
+use super::device_state;
 use super::front_end::Acknowledged;
 use super::log;
 use super::world::{QUEUES, World};
@@ -58,12 +60,37 @@ pub(crate) fn back_end_is_as_acknowledged(world: &Rc<World>, expected: &Acknowle
     if let Some(status) = expected.status {
         assert_eq!(state.status, status, "status that the back-end has");
     }
+    if expected.features.is_some() {
+        assert_eq!(state.features, expected.features, "features that the back-end has");
+    }
+    assert_eq!(state.config, expected.config, "what the front-end has written to the configuration space");
     drop(state);
     let inflight = back_end.inflight_file();
     if expected.inflight.is_some() {
         assert_eq!(inflight, expected.inflight, "inflight buffer that the back-end has");
     } else if world.kind.inflight && expected.started.contains(&true) {
         assert!(inflight.is_some(), "the back-end has no inflight buffer");
+    }
+}
+
+/// A transfer of the device's state that began at a moment has ended like this.
+pub(crate) fn state_has_moved(world: &World, before: Moment, direction: StateDirection, state: &[u8], value: u64) {
+    let whole = device_state::is_whole(state);
+    assert!(whole || value != 0, "a state of {} bytes that is not whole is said to be good", state.len());
+    if moment(world) != before {
+        return;
+    }
+    match direction {
+        StateDirection::Save => {
+            assert_eq!(value == 0, whole, "nobody was disturbed, and a state is answered with {value}")
+        }
+        StateDirection::Load => {
+            let refused = device_state::is_refused(state);
+            assert_eq!(value != 0, refused, "nobody was disturbed, and a state is answered with {value}");
+            let back_end = world.serving().filter(|_| is_served()).and_then(|appliance| appliance.back_end.back_end());
+            let loaded = back_end.and_then(|back_end| back_end.state.borrow().loaded);
+            assert!(refused || loaded == Some(device_state::check(state)), "what was loaded is not what was sent");
+        }
     }
 }
 

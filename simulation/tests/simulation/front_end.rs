@@ -1,29 +1,35 @@
 //! The front-end: what the VMM of a driver VM says to the bridge, in the order of its kind, and what it may expect.
 
-use std::cell::Cell;
+mod dirty_log;
+mod memory;
+mod side_channels;
+mod vrings;
+
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::time::Duration;
 
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-use tokio::task::{AbortHandle, spawn_local};
 use tokio::time::{Instant, sleep};
 use vvu_protocol::features::{Features, ProtocolFeatures};
 use vvu_protocol::memory::MemoryRegion;
-use vvu_protocol::message::{
-    ConfigSpace, FrontEndReply, FrontEndRequest, Inflight, ReplyPayload, VringAddresses, VringFile, VringState,
-};
+use vvu_protocol::message::{FrontEndReply, FrontEndRequest, Inflight, ReplyPayload};
+use vvu_protocol::window::FileId;
 use vvu_socket::MessageSocket;
-use vvu_socket::event::{self, Event};
 
+use self::side_channels::BackChannel;
+use self::vrings::Interrupt;
+use super::back_end::CONFIG_LEN;
 use super::checks;
 use super::file::MappedFile;
-use super::machine::{Machine, Memory, USER};
-use super::virtq::{self, AVAILABLE, USED, ring_offset};
+use super::machine::Machine;
+use super::virtq::{self, ring_offset};
 use super::world::{QUEUES, World};
 
 type Request = FrontEndRequest<OwnedFd>;
 type Reply = FrontEndReply<OwnedFd>;
+
+/// What every front-end negotiates.
+const FEATURES: Features = Features::VERSION_1.union(Features::PROTOCOL_FEATURES);
 
 /// How long anything may take from the last disturbance on, with an appliance that is of use: an agent that hangs (90 s) is
 /// given time to clear (30 s), and its successor's back-end may be slow.
@@ -43,6 +49,10 @@ pub(crate) struct Profile {
     pub(crate) slots: bool,
     back_channel: bool,
     status: bool,
+    /// Uses of the device beside requests: the dirty log, the device's state, IOTLB messages.
+    migrates: bool,
+    /// The driver waits for what it has submitted before it goes on.
+    waits: bool,
     /// Of a hundred requests without a reply, so many ask for an acknowledgement.
     asks: u64,
 }
@@ -54,8 +64,10 @@ impl Profile {
             acknowledges: random.percent(75),
             inflight: random.percent(60),
             slots: random.percent(40),
-            back_channel: random.percent(30),
+            back_channel: random.percent(50),
             status: random.percent(50),
+            migrates: random.percent(50),
+            waits: random.percent(30),
             asks: *random.one_of(&[0, 50, 100]).unwrap(),
         }
     }
@@ -71,49 +83,13 @@ impl Profile {
             | when(self.slots, ProtocolFeatures::CONFIGURE_MEM_SLOTS)
             | when(self.back_channel, ProtocolFeatures::BACKEND_REQ)
             | when(self.status, ProtocolFeatures::STATUS)
+            | when(self.migrates, ProtocolFeatures::DEVICE_STATE)
     }
 }
 
 /// The bridge has ended the session.
 #[derive(Debug)]
 pub(crate) struct Ended;
-
-/// The interrupt of a queue.
-#[derive(Debug)]
-struct Interrupt {
-    event: Rc<Event>,
-    /// The moment when the vring was stopped. As long as it is the same, no call may come; a replay signals all.
-    quiet: Rc<Cell<Option<checks::Moment>>>,
-    task: AbortHandle,
-}
-
-impl Drop for Interrupt {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
-}
-
-impl Interrupt {
-    fn new(world: &Rc<World>, machine: &Rc<Machine>, queue: usize) -> Self {
-        let world = Rc::clone(world);
-        let event = Rc::new(Event::new(event::create().unwrap()).unwrap());
-        let quiet = Rc::new(Cell::new(None));
-        let (machine, waited, silent) = (Rc::clone(machine), Rc::clone(&event), Rc::clone(&quiet));
-        let task = spawn_local(async move {
-            loop {
-                waited.signalled().await.unwrap();
-                assert_ne!(silent.get(), Some(checks::moment(&world)), "queue {queue} is stopped, and a call comes");
-                machine.harvest(queue);
-            }
-        });
-        Self { event, quiet, task: task.abort_handle() }
-    }
-
-    fn descriptor(&self) -> OwnedFd {
-        use std::os::fd::AsFd;
-        self.event.as_fd().try_clone_to_owned().unwrap()
-    }
-}
 
 /// What the front-end has set, and was told is so.
 #[derive(Debug, Default)]
@@ -122,8 +98,10 @@ pub(crate) struct Acknowledged {
     pub(crate) started: [bool; QUEUES as usize],
     pub(crate) enabled: [bool; QUEUES as usize],
     pub(crate) sizes: [u16; QUEUES as usize],
+    pub(crate) features: Option<Features>,
+    pub(crate) config: [u8; CONFIG_LEN],
     pub(crate) status: Option<u64>,
-    pub(crate) inflight: Option<vvu_protocol::window::FileId>,
+    pub(crate) inflight: Option<FileId>,
 }
 
 #[derive(Debug)]
@@ -140,7 +118,11 @@ pub(crate) struct FrontEnd {
     /// Instead of the interrupt, while it is masked.
     masks: [Option<OwnedFd>; QUEUES as usize],
     inflight: Option<(Inflight, OwnedFd)>,
-    back_channel: Option<MessageSocket>,
+    back_channel: Option<BackChannel>,
+    /// Number of changes that the configuration said when it was read.
+    config_read: u64,
+    /// The dirty log, while there is one.
+    log: Option<Rc<MappedFile>>,
 }
 
 impl FrontEnd {
@@ -168,6 +150,8 @@ impl FrontEnd {
                 masks: Default::default(),
                 inflight: None,
                 back_channel: None,
+                config_read: 0,
+                log: None,
             };
             // Until the first answer, it may be that another one has the device: this one's predecessor.
             if let Ok(offered) = front_end.first().await {
@@ -202,21 +186,9 @@ impl FrontEnd {
         assert_eq!(count, u64::from(QUEUES));
         self.tell(R::SetOwner).await?;
         if wanted.contains(ProtocolFeatures::BACKEND_REQ) {
-            let (ours, theirs) =
-                socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
-            self.back_channel = Some(MessageSocket::new(ours.into()).unwrap());
-            self.tell(R::SetBackendReqFd(theirs)).await?;
+            self.set_back_channel().await?;
         }
         self.read_config().await
-    }
-
-    async fn read_config(&mut self) -> Result<(), Ended> {
-        let wanted = ConfigSpace { offset: 4, flags: 0, bytes: vec![0; 8] };
-        match self.ask(FrontEndRequest::GetConfig(wanted)).await? {
-            FrontEndReply::Config(Some(config)) => assert_eq!((config.offset, config.bytes.len()), (4, 8)),
-            other => panic!("expected the configuration space, {other:?} came"),
-        }
-        Ok(())
     }
 
     fn has(&self, features: ProtocolFeatures) -> bool {
@@ -227,7 +199,7 @@ impl FrontEnd {
     pub(crate) async fn start(&mut self) -> Result<(), Ended> {
         use FrontEndRequest as R;
         self.world.session.set("starting");
-        self.tell(R::SetFeatures(Features::VERSION_1 | Features::PROTOCOL_FEATURES)).await?;
+        self.set_features().await?;
         self.set_memory().await?;
         if self.has(ProtocolFeatures::INFLIGHT_SHMFD) {
             self.set_inflight().await?;
@@ -244,105 +216,15 @@ impl FrontEnd {
         Ok(())
     }
 
-    async fn start_vring(&mut self, queue: u16) -> Result<(), Ended> {
-        use FrontEndRequest as R;
-        let (index, place) = (u32::from(queue), usize::from(queue));
-        let size = self.machine.queues.borrow()[place].size;
-        self.tell(R::SetVringNum(VringState { index, num: u32::from(size) })).await?;
-        self.acknowledged.sizes[place] = size;
-        self.tell(R::SetVringBase(VringState { index, num: u32::from(self.bases[place]) })).await?;
-        let base = USER + ring_offset(queue);
-        let (used, available) = (base + USED, base + AVAILABLE);
-        self.tell(R::SetVringAddr(VringAddresses { index, flags: 0, descriptors: base, used, available, log: 0 }))
-            .await?;
-        if self.world.random.percent(80) || self.kicks[place].is_none() {
-            self.kicks[place] = Some(event::create().unwrap());
-        }
-        self.interrupts[place].quiet.set(None);
-        self.masks[place] = None;
-        let call = self.interrupts[place].descriptor();
-        self.set_call(queue, call).await?;
-        let kick = self.kicks[place].as_ref().map(|kick| kick.try_clone().unwrap());
-        let index = u8::try_from(queue).unwrap();
-        self.tell(R::SetVringKick(VringFile { index, descriptor: kick })).await?;
-        self.acknowledged.started[place] = true;
-        self.tell(R::SetVringEnable(VringState { index: u32::from(queue), num: 1 })).await?;
-        self.acknowledged.enabled[place] = true;
-        // What was submitted before the start.
-        self.kick(queue);
-        Ok(())
-    }
-
-    fn kick(&self, queue: u16) {
-        if let Some(kick) = &self.kicks[usize::from(queue)] {
-            event::signal(kick).unwrap();
-        }
-    }
-
-    async fn set_call(&mut self, queue: u16, call: OwnedFd) -> Result<(), Ended> {
-        let file = VringFile { index: u8::try_from(queue).unwrap(), descriptor: Some(call) };
-        self.tell(FrontEndRequest::SetVringCall(file)).await
-    }
-
-    /// GET_INFLIGHT_FD once in the life of the front-end, SET_INFLIGHT_FD before each start.
-    async fn set_inflight(&mut self) -> Result<(), Ended> {
-        use FrontEndRequest as R;
-        if self.inflight.is_none() {
-            let zero = vvu_protocol::address::FileOffset(0);
-            let wanted = Inflight { mmap_size: 0, mmap_offset: zero, queue_count: QUEUES, queue_size: 64 };
-            let FrontEndReply::Inflight(inflight, file) = self.ask(R::GetInflightFd(wanted)).await? else {
-                panic!("no inflight buffer")
-            };
-            self.inflight = Some((inflight, file));
-        }
-        let (inflight, file) = self.inflight.as_ref().expect("it is there");
-        let (inflight, file) = (*inflight, file.try_clone().unwrap());
-        let id = super::file::identity(&file);
-        self.tell(R::SetInflightFd(inflight, file)).await?;
-        self.acknowledged.inflight = Some(id);
-        Ok(())
-    }
-
-    /// Tells the bridge what memory the driver VM has now.
-    async fn set_memory(&mut self) -> Result<(), Ended> {
-        use FrontEndRequest as R;
-        let memory = self.machine.memory.borrow().clone();
-        let with_file = |memory: &Memory| {
-            let file = Rc::clone(&memory.file);
-            memory.regions().into_iter().map(move |region| (region, Rc::clone(&file))).collect::<Vec<_>>()
-        };
-        let wanted: Vec<_> = memory.iter().flat_map(with_file).collect();
-        if !self.has(ProtocolFeatures::CONFIGURE_MEM_SLOTS) {
-            let table = wanted.iter().map(|(region, file)| (*region, file.duplicate())).collect();
-            self.acknowledged.memory = wanted;
-            return self.tell(R::SetMemTable(table)).await;
-        }
-        let same = |one: &(MemoryRegion, Rc<MappedFile>), other: &(MemoryRegion, Rc<MappedFile>)| {
-            one.0 == other.0 && Rc::ptr_eq(&one.1, &other.1)
-        };
-        let before = std::mem::take(&mut self.acknowledged.memory);
-        let (kept, gone): (Vec<_>, Vec<_>) =
-            before.into_iter().partition(|one| wanted.iter().any(|other| same(one, other)));
-        self.acknowledged.memory = kept;
-        for (region, _) in gone {
-            self.tell(R::RemMemReg(region)).await?;
-        }
-        for entry in wanted {
-            if !self.acknowledged.memory.iter().any(|known| same(known, &entry)) {
-                let (region, file) = (entry.0, entry.1.duplicate());
-                self.acknowledged.memory.push(entry);
-                self.tell(R::AddMemReg(region, file)).await?;
-            }
-        }
-        Ok(())
-    }
-
     /// One thing that happens while the device runs.
     pub(crate) async fn step(&mut self) -> Result<(), Ended> {
         let queue = u16::try_from(self.world.random.below(usize::from(QUEUES))).unwrap();
+        self.heed_config().await?;
         match self.world.random.below(20) {
-            0..10 => self.submit(queue),
-            10 => self.read_config().await?,
+            0..8 => self.submit(queue).await?,
+            8 => self.write_config().await?,
+            9 if self.profile.migrates => self.tell_iotlb().await?,
+            10 if self.profile.migrates => self.switch_log().await?,
             11 | 12 => self.mask(queue).await?,
             13 => self.plug().await?,
             14 => self.unplug().await?,
@@ -354,120 +236,21 @@ impl FrontEnd {
         Ok(())
     }
 
-    fn submit(&self, queue: u16) {
+    async fn submit(&mut self, queue: u16) -> Result<(), Ended> {
         for _ in 0..=self.world.random.below(6) {
             self.machine.submit(usize::from(queue));
         }
         self.kick(queue);
-    }
-
-    /// QEMU masks a vector by another eventfd, and looks into that when it takes the mask away.
-    async fn mask(&mut self, queue: u16) -> Result<(), Ended> {
-        let place = usize::from(queue);
-        if self.masks[place].is_none() {
-            let mask = event::create().unwrap();
-            self.set_call(queue, mask.try_clone().unwrap()).await?;
-            self.masks[place] = Some(mask);
-            return Ok(());
-        }
-        self.unmask(queue).await
-    }
-
-    async fn unmask(&mut self, queue: u16) -> Result<(), Ended> {
-        let place = usize::from(queue);
-        let Some(mask) = self.masks[place].take() else { return Ok(()) };
-        let call = self.interrupts[place].descriptor();
-        self.set_call(queue, call).await?;
-        self.settle().await?;
-        if event::take(&mask).unwrap().is_some() {
-            self.machine.harvest(place);
-        }
-        Ok(())
-    }
-
-    async fn plug(&mut self) -> Result<(), Ended> {
-        if self.machine.memory.borrow().len() > 3 {
-            return Ok(());
-        }
-        self.world.session.set("changing memory");
-        self.machine.plug();
-        // The driver VM uses it only when the front-end has been told.
-        let plugged = self.machine.memory.borrow_mut().pop().expect("it was just plugged");
-        let before = self.machine.memory.borrow().clone();
-        self.machine.memory.borrow_mut().push(plugged.clone());
-        let told = self.set_memory();
-        // Nothing runs in the driver VM meanwhile: its driver is this task.
-        told.await?;
-        drop(before);
-        self.settle().await?;
-        self.world.session.set("running");
-        Ok(())
-    }
-
-    async fn unplug(&mut self) -> Result<(), Ended> {
-        let removed = {
-            let memory = self.machine.memory.borrow();
-            let mut unused = memory.iter().skip(1).filter(|memory| self.machine.is_unused(memory));
-            unused.next().map(|memory| Rc::clone(&memory.file))
-        };
-        let Some(removed) = removed else { return Ok(()) };
-        self.world.session.set("changing memory");
-        self.machine.memory.borrow_mut().retain(|memory| !Rc::ptr_eq(&memory.file, &removed));
-        self.set_memory().await?;
-        self.settle().await?;
-        checks::is_unmapped(&self.world, removed.id);
-        self.world.session.set("running");
-        Ok(())
-    }
-
-    async fn disable(&mut self, queue: u16) -> Result<(), Ended> {
-        use FrontEndRequest as R;
-        let index = u32::from(queue);
-        self.tell(R::SetVringEnable(VringState { index, num: 0 })).await?;
-        self.acknowledged.enabled[usize::from(queue)] = false;
-        self.settle().await?;
-        self.world.hesitate().await;
-        self.tell(R::SetVringEnable(VringState { index, num: 1 })).await?;
-        self.acknowledged.enabled[usize::from(queue)] = true;
-        self.kick(queue);
-        Ok(())
-    }
-
-    async fn restart_vring(&mut self, queue: u16) -> Result<(), Ended> {
-        self.world.session.set("restarting a vring");
-        self.stop_vring(queue).await?;
-        self.start_vring(queue).await?;
-        self.settle().await?;
-        self.world.session.set("running");
-        Ok(())
-    }
-
-    /// After the answer nothing of the vring is under way.
-    async fn stop_vring(&mut self, queue: u16) -> Result<(), Ended> {
-        let (index, place) = (u32::from(queue), usize::from(queue));
-        let state = VringState { index, num: 0 };
-        let FrontEndReply::VringState(stopped) = self.ask(FrontEndRequest::GetVringBase(state)).await? else {
-            panic!("expected the state of a vring");
-        };
-        assert_eq!(stopped.index, index);
-        let base = u16::try_from(stopped.num).unwrap();
-        let events = [self.masks[place].as_ref().map(event::take), Some(event::take(&*self.interrupts[place].event))];
-        assert!(events.iter().flatten().all(Result::is_ok));
-        self.masks[place] = None;
-        self.interrupts[place].quiet.set(Some(checks::moment(&self.world)));
-        let used = self.machine.queues.borrow()[place].used_index();
-        assert_eq!(base, used, "queue {queue} is stopped: the answer, and what was completed");
-        self.machine.harvest(place);
-        self.acknowledged.started[place] = false;
-        self.bases[place] = base;
-        checks::is_stopped(&self.world, place);
-        Ok(())
+        if self.profile.waits { self.drain().await } else { Ok(()) }
     }
 
     /// Stops the device.
     pub(crate) async fn stop(&mut self) -> Result<(), Ended> {
         use FrontEndRequest as R;
         self.world.session.set("stopping");
+        if self.log.is_some() && self.world.random.percent(50) {
+            self.end_log().await?;
+        }
         for queue in 0..QUEUES {
             self.stop_vring(queue).await?;
         }
@@ -477,6 +260,26 @@ impl FrontEnd {
         }
         self.settle().await?;
         self.world.session.set("stopped");
+        if self.world.random.percent(30) {
+            self.move_state().await?;
+        }
+        Ok(())
+    }
+
+    /// The driver resets the device, running or not. What is outstanding is forgotten, on both sides.
+    pub(crate) async fn reset(&mut self) -> Result<(), Ended> {
+        if !self.has(ProtocolFeatures::RESET_DEVICE) {
+            return self.stop().await;
+        }
+        self.world.session.set("resetting");
+        self.tell(FrontEndRequest::ResetDevice).await?;
+        let acknowledged = &mut self.acknowledged;
+        (acknowledged.started, acknowledged.enabled) = Default::default();
+        (acknowledged.status, acknowledged.config) = (Some(0), Default::default());
+        (acknowledged.inflight, self.inflight) = (None, None);
+        self.settle().await?;
+        (0..usize::from(QUEUES)).for_each(|queue| checks::is_stopped(&self.world, queue));
+        self.reset_rings();
         Ok(())
     }
 

@@ -107,8 +107,10 @@ impl BackEndHost {
         let (served, died) = (Rc::clone(&back_end), Rc::clone(&back_end));
         let task = spawn_local(async move {
             tokio::select! {
-                () = back_end::serve(served, accepted) => {}
+                // Who is killed does nothing more.
+                biased;
                 () = died.death() => {}
+                () = back_end::serve(served, accepted) => {}
             }
             life.send_replace(false);
         });

@@ -24,6 +24,13 @@ const REST: Duration = Duration::from_secs(600);
 /// How long a change is waited for.
 const CHANGE: Duration = Duration::from_secs(4);
 
+/// Steps of simulated parts that are counted to the next disturbance, most of all, and how long they are waited for.
+const STEPS: u64 = 300;
+const STEPS_TIME: Duration = Duration::from_secs(2);
+
+/// How long a back-end may be stuck. The agent gives it 30 s for an answer.
+const STUCK: std::ops::Range<u64> = 20..100;
+
 /// Appliances that live at the same time, at most.
 const APPLIANCES_MAX: usize = 3;
 
@@ -44,11 +51,13 @@ pub(crate) enum Action {
     RebootAppliance,
     HangAgent,
     KillBackEnd,
+    StickBackEnd,
     Connect,
     Vanish,
     Intrude,
     Yield,
     Change,
+    Steps,
     Moment,
     Seconds,
 }
@@ -61,35 +70,40 @@ impl Action {
             Self::RebootAppliance => "reboot an appliance",
             Self::HangAgent => "hang an agent",
             Self::KillBackEnd => "kill a back-end",
+            Self::StickBackEnd => "stop a back-end for a time",
             Self::Connect => "connect a front-end",
             Self::Vanish => "kill the front-end",
             Self::Intrude => "connect a second front-end",
             Self::Yield => "yield",
             Self::Change => "until the bridge's life changes",
+            Self::Steps => "some steps",
             Self::Moment => "a moment",
             Self::Seconds => "seconds",
         }
     }
 }
 
+/// What takes something away from somebody.
+const DISTURBANCES: [Action; 8] = [
+    Action::StartAppliance,
+    Action::KillAppliance,
+    Action::RebootAppliance,
+    Action::HangAgent,
+    Action::KillBackEnd,
+    Action::StickBackEnd,
+    Action::Vanish,
+    Action::Intrude,
+];
+
 /// Which actions a schedule may have, and how often: each schedule has its own mixture.
 fn mixture(world: &World) -> Vec<Action> {
-    let rare = [
-        Action::StartAppliance,
-        Action::KillAppliance,
-        Action::RebootAppliance,
-        Action::HangAgent,
-        Action::KillBackEnd,
-        Action::Vanish,
-        Action::Intrude,
-    ];
     let mut mixture = vec![Action::Connect; 3];
-    for action in rare {
-        let most = if action == Action::HangAgent { 1 } else { 3 };
+    for action in DISTURBANCES {
+        let most = if matches!(action, Action::HangAgent | Action::StickBackEnd) { 1 } else { 3 };
         let count = if world.random.percent(50) { world.random.below(most + 1) } else { 0 };
         mixture.extend(vec![action; count]);
     }
-    for pace in [Action::Yield, Action::Change, Action::Moment, Action::Seconds] {
+    for pace in [Action::Yield, Action::Change, Action::Steps, Action::Moment, Action::Seconds] {
         mixture.extend(vec![pace; world.random.below(6)]);
     }
     mixture
@@ -171,14 +185,19 @@ impl Player {
     async fn run(&mut self, actions: u64, script: &[Action]) {
         sleep(Duration::from_millis(1)).await;
         let mixture = mixture(&self.world);
+        let disturbances: Vec<_> = mixture.iter().filter(|action| DISTURBANCES.contains(action)).copied().collect();
         self.perform(Action::StartAppliance).await;
+        let mut last = Action::StartAppliance;
         for count in 0..actions {
             let scripted = usize::try_from(count).ok().and_then(|count| script.get(count));
             if scripted.is_none() && !script.is_empty() {
                 break;
             }
-            let action = scripted.or_else(|| self.world.random.one_of(&mixture)).copied().unwrap_or(Action::Moment);
+            // Steps are counted to hit somebody in the middle of something.
+            let likely = if last == Action::Steps { &disturbances } else { &mixture };
+            let action = scripted.or_else(|| self.world.random.one_of(likely)).copied().unwrap_or(Action::Moment);
             self.perform(action).await;
+            last = action;
             if self.has_failed() {
                 return;
             }
@@ -209,6 +228,13 @@ impl Player {
                 appliance.world().disturb(&format!("the back-end of appliance {} is killed", appliance.number));
                 appliance.back_end.kill();
             }),
+            Action::StickBackEnd => self.with_appliance(|appliance| {
+                let world = appliance.world();
+                world.disturb(&format!("the back-end of appliance {} is stuck", appliance.number));
+                if let Some(back_end) = appliance.back_end.back_end() {
+                    back_end.stick(Duration::from_secs(world.random.within(STUCK)));
+                }
+            }),
             Action::Connect => self.connect(),
             Action::Vanish => self.vanish(),
             Action::Intrude => self.intrude(),
@@ -219,6 +245,7 @@ impl Player {
             }
             // So that what comes next hits a state that lasts for no more than a moment.
             Action::Change => drop(timeout(CHANGE, log::life_changes()).await),
+            Action::Steps => self.world.steps(self.world.random.within(1..STEPS), STEPS_TIME).await,
             Action::Moment => sleep(self.world.random.time(Duration::from_millis(20))).await,
             Action::Seconds => sleep(self.world.random.time(Duration::from_secs(20))).await,
         }
@@ -262,6 +289,7 @@ impl Player {
             let lived = live(&world, &mut front_end, &kept_).await;
             lived.expect("the bridge has ended the session");
             drop(front_end);
+            world.dirty.forget();
             world.session.set("none");
         });
         self.client = Some(Client { machine, profile, inflight: kept, task });
@@ -273,6 +301,7 @@ impl Player {
         let unfinished = !client.task.is_finished();
         client.task.abort();
         self.world.session.set("none");
+        self.world.dirty.forget();
         self.world.disturb("the front-end is killed");
         // Without a buffer of the front-end's, nobody knows what was in flight.
         let inflight = client.inflight.take();
@@ -371,8 +400,15 @@ async fn live(
         }
         if world.rests.get() {
             front_end.drain().await?;
+            front_end.await_config().await?;
         }
-        front_end.stop().await?;
+        if world.random.percent(15) {
+            // Nobody goes on with the buffer of a device that was reset.
+            kept.take();
+            front_end.reset().await?;
+        } else {
+            front_end.stop().await?;
+        }
         if world.rests.get() || world.random.percent(20) {
             return Ok(());
         }

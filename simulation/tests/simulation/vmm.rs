@@ -15,7 +15,7 @@ use tokio::task::{AbortHandle, spawn_local};
 use tokio::time::sleep;
 use vvu_protocol::address::{FileOffset, GuestAddress, UserAddress};
 use vvu_protocol::control::{CONFIG_LEN, CONFIG_STATUS_OFFSET, Status};
-use vvu_protocol::memory::MemoryRegion;
+use vvu_protocol::memory::{MAX_TABLE_REGIONS, MemoryRegion};
 use vvu_protocol::message::{BackEndReply, BackEndRequest, ConfigSpace, FrontEndRequest, ShmemMap};
 use vvu_protocol::window::{FileId, MEMORY_OFFSET};
 use vvu_socket::MessageSocket;
@@ -297,6 +297,14 @@ impl Vmm {
         });
     }
 
+    /// The same, as far as it matters: a session that the guest knows of does not become another one by itself.
+    pub(crate) async fn look_at_status(&self) {
+        let known = self.control.config.borrow()[CONFIG_STATUS_OFFSET];
+        if known != (Status::BACK_END_UP | Status::FRONT_END_UP).bits().to_le_bytes()[0] {
+            self.refresh_config().await;
+        }
+    }
+
     /// The guest's next look at the configuration space shows what it is now. A write that is on its way counts as done.
     pub(crate) async fn refresh_config(&self) {
         let Ok(mut fresh) = self.control.read_config().await else { return };
@@ -348,7 +356,9 @@ async fn serve_window(vmm: std::rc::Weak<Vmm>, mut back_channel: MessageSocket) 
                 BackEndRequest::ShmemUnmap(map) => vmm.unmap(&map),
                 other => panic!("{} on the window device", other.name()),
             }
-            for device in [&vmm.control, &vmm.window] {
+            // Of more regions than a table has, QEMU only complains.
+            let tells = vmm.table().len() <= MAX_TABLE_REGIONS;
+            for device in [&vmm.control, &vmm.window].into_iter().filter(|_| tells) {
                 if device.running.get() && device.done(FrontEndRequest::SetMemTable(vmm.table())).await.is_err() {
                     return;
                 }

@@ -6,15 +6,18 @@ use std::path::PathBuf;
 use std::rc::{Rc, Weak};
 use std::time::Duration;
 
+use tokio::sync::Notify;
 use tokio::task::yield_now;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 use vvu_protocol::window::FileId;
 use vvu_simulation::random::Random;
 
 use super::appliance::Appliance;
 use super::back_end::Kind;
+use super::dirty_pages::DirtyPages;
 use super::file::MappedFile;
 use super::log;
+use super::questions::Questions;
 
 /// Queues of the device.
 pub(crate) const QUEUES: u16 = 2;
@@ -54,6 +57,13 @@ pub(crate) struct World {
     executions: RefCell<BTreeMap<u64, u32>>,
     /// How often requests that had been taken from a ring were left to somebody else.
     losses: Cell<u64>,
+    /// Number of changes of the device's configuration.
+    pub(crate) config: Cell<u64>,
+    pub(crate) dirty: DirtyPages,
+    pub(crate) questions: Questions,
+    /// Steps of simulated parts until the schedule steps in; 0 if it does not.
+    steps: Cell<u64>,
+    stepped: Notify,
 }
 
 impl World {
@@ -65,6 +75,7 @@ impl World {
                 inflight: random.percent(70),
                 acknowledges: random.percent(80),
                 slots: random.percent(50),
+                asks: random.percent(50),
                 service_time: *random.one_of(&SERVICE_TIMES).unwrap(),
             },
             random,
@@ -80,6 +91,11 @@ impl World {
             eventfds: RefCell::default(),
             executions: RefCell::default(),
             losses: Cell::new(0),
+            config: Cell::new(0),
+            dirty: DirtyPages::default(),
+            questions: Questions::default(),
+            steps: Cell::new(0),
+            stepped: Notify::new(),
         })
     }
 
@@ -103,8 +119,25 @@ impl World {
         self.disturbed.get()
     }
 
-    /// Lets others go on in between, now and then.
+    /// Waits until simulated parts have done so many steps. The one that does the last of them stays there until the
+    /// schedule has done its next action.
+    pub(crate) async fn steps(&self, count: u64, limit: Duration) {
+        self.steps.set(count);
+        let _ = timeout(limit, self.stepped.notified()).await;
+        self.steps.set(0);
+    }
+
+    /// A step of a simulated part: lets others go on in between, now and then.
     pub(crate) async fn hesitate(&self) {
+        let steps = self.steps.get();
+        if steps > 0 {
+            self.steps.set(steps - 1);
+            if steps == 1 {
+                self.stepped.notify_one();
+                yield_now().await;
+                return yield_now().await;
+            }
+        }
         if !self.random.percent(self.hesitancy) {
             return;
         }
