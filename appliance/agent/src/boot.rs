@@ -1,15 +1,18 @@
 //! What PID 1 does before and after everything else: file systems, the configuration, the log, the end.
 
+use std::ffi::CStr;
 use std::fs;
 use std::io;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use rustix::mount::{MountFlags, mount};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::system::{RebootCommand, reboot};
 use rustix::termios::tcdrain;
 use tracing_subscriber::EnvFilter;
-use vvu_appliance_config::{ApplianceConfig, FW_CFG_NAME, MAX_CONFIG_LEN};
+use vvu_appliance_config::{ApplianceConfig, Device, FW_CFG_NAME, MAX_CONFIG_LEN};
 
 /// File systems of the kernel, and a place for sockets.
 const MOUNTS: [(&str, &str, MountFlags); 4] = [
@@ -18,6 +21,26 @@ const MOUNTS: [(&str, &str, MountFlags); 4] = [
     ("devtmpfs", "/dev", MountFlags::NOSUID),
     ("tmpfs", "/run", MountFlags::from_bits_retain(NOTHING_RUNS_FROM)),
 ];
+
+/// What programs of others expect besides, which the appliance's own do not need: kind, place, flags, options.
+const MOUNTS_OF_PROGRAMS: [(&str, &str, MountFlags, &CStr); 3] = [
+    ("tmpfs", "/tmp", NO_RIGHTS, c"mode=1777"),
+    ("tmpfs", "/dev/shm", NO_RIGHTS, c"mode=1777"),
+    ("devpts", "/dev/pts", MountFlags::NOSUID, c"mode=620,ptmxmode=666"),
+];
+
+/// Names in /dev that no driver makes.
+const LINKS_OF_PROGRAMS: [(&str, &str); 4] = [
+    ("/proc/self/fd", "/dev/fd"),
+    ("/proc/self/fd/0", "/dev/stdin"),
+    ("/proc/self/fd/1", "/dev/stdout"),
+    ("/proc/self/fd/2", "/dev/stderr"),
+];
+
+/// Most files that a program of others may have open, if it raises its own limit: some keep one for each file that they serve.
+const MAX_OPEN_FILES: u64 = 1 << 20;
+
+const NO_RIGHTS: MountFlags = MountFlags::from_bits_retain(MountFlags::NOSUID.bits() | MountFlags::NODEV.bits());
 
 const NOTHING_RUNS_FROM: u32 = MountFlags::NOSUID.bits() | MountFlags::NODEV.bits() | MountFlags::NOEXEC.bits();
 
@@ -31,6 +54,37 @@ pub fn mount_file_systems() -> Result<()> {
         mount(kind, target, kind, flags, None).with_context(|| format!("cannot mount {kind} on {target}"))?;
     }
     Ok(())
+}
+
+/// Prepares what back-end programs find and inherit: nobody's memory is ever written to a file, and programs of others, if the
+/// configuration has any, find what they expect of a system.
+///
+/// # Errors
+/// If the kernel refuses something.
+pub fn prepare_for_programs(config: &ApplianceConfig) -> Result<()> {
+    limit(Resource::Core, |_| Rlimit { current: Some(0), maximum: Some(0) })?;
+    if !config.back_ends.iter().any(|back_end| matches!(back_end.device, Device::Exec(_))) {
+        return Ok(());
+    }
+    limit(Resource::Nofile, |now| Rlimit { maximum: Some(MAX_OPEN_FILES), ..now })?;
+    for (kind, target, flags, options) in MOUNTS_OF_PROGRAMS {
+        fs::create_dir_all(target).with_context(|| format!("cannot make {target}"))?;
+        mount(kind, target, kind, flags, Some(options)).with_context(|| format!("cannot mount {kind} on {target}"))?;
+    }
+    for (target, link) in LINKS_OF_PROGRAMS {
+        symlink(target, link).with_context(|| format!("cannot make {link}"))?;
+    }
+    Ok(())
+}
+
+fn limit(resource: Resource, change: impl FnOnce(Rlimit) -> Rlimit) -> Result<()> {
+    setrlimit(resource, change(getrlimit(resource))).with_context(|| format!("cannot limit {resource:?}"))
+}
+
+/// Whether a network card of the appliance is to be used.
+#[must_use]
+pub fn has_uplink(config: &ApplianceConfig) -> bool {
+    config.back_ends.iter().any(|back_end| matches!(&back_end.device, Device::Net(net) if net.uplink.is_some()))
 }
 
 /// Reads and checks the configuration document.

@@ -4,6 +4,7 @@
 //! 2. The control devices start, so that the bridges can tell of their windows.
 //! 3. The windows' devices start, and each bridge maps the header of its window.
 //! 4. With all headers in place, the kernel looks at them and makes the device-DAX nodes.
+//! 5. Back-end programs get what they work on, and each device set its socket of one.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -11,14 +12,16 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use tokio::time::timeout;
 use tracing::{info, warn};
-use vvu_appliance_config::ApplianceConfig;
+use vvu_appliance_config::{ApplianceConfig, Device};
 use vvu_protocol::control::VIRTIO_ID;
 
+use crate::channel::{Channel, Port};
 use crate::control::{ControlDevice, ControlPort, FoundControlDevice};
 use crate::doorbell::DoorbellDevice;
 use crate::modules::{Modules, Stage};
 use crate::pci::{PciFunction, PciId};
-use crate::programs::prepare;
+use crate::process::BackEndProcess;
+use crate::programs::{Prepared, PreparedChannel, prepare};
 use crate::reaper::Reaper;
 use crate::session::DeviceSet;
 use crate::supervisor::Supervisor;
@@ -39,19 +42,61 @@ struct Devices {
     window_len: u64,
 }
 
+/// What a real machine serves.
+#[derive(Debug)]
+pub struct Machine {
+    /// All device sets.
+    pub sets: Vec<RealDeviceSet>,
+    /// The channels of their back-ends, each with its name.
+    pub channels: Vec<(String, Channel)>,
+}
+
 /// Brings up all device sets of the configuration.
 ///
 /// # Errors
 /// If a device is missing or cannot be driven.
-pub async fn bring_up(config: &ApplianceConfig, modules: &Modules, reaper: &Reaper) -> Result<Vec<RealDeviceSet>> {
+pub async fn bring_up(config: &ApplianceConfig, modules: &Modules, reaper: &Reaper) -> Result<Machine> {
+    let mut devices = start_controls(config)?;
+    modules.load(Stage::Window)?;
+    for set in &mut devices {
+        let uuid = set.uuid;
+        let len = timeout(WINDOW_TIMEOUT, window_len(&mut set.control)).await;
+        set.window_len = len.with_context(|| format!("bridge of device set {uuid} does not map its window"))??;
+    }
+    modules.load(Stage::Dax)?;
+    let mut machine = Machine { sets: Vec::new(), channels: Vec::new() };
+    let mut devices = devices.into_iter();
+    for (index, back_end) in (0..).zip(&config.back_ends) {
+        let Prepared { mut program, channels } = prepare(index, back_end, &config.log).await?;
+        let sockets = program.sockets.clone();
+        // The devices are in the order of the sets in the configuration.
+        let mut sets = Vec::new();
+        for set in devices.by_ref().take(sockets.len()) {
+            let window = Window::open(set.uuid, set.window_len).await?;
+            sets.push((set, window));
+        }
+        if let Device::Exec(_) = back_end.device {
+            program.window = sets.first().map(|(_, window)| window.clone());
+        }
+        let process = BackEndProcess::new(program, reaper.clone());
+        for (socket, (Devices { uuid, control, doorbell, .. }, window)) in sockets.into_iter().zip(sets) {
+            let supervisor = Supervisor::new(process.clone(), socket, &window.file)?;
+            info!(set = %uuid, "devices are up");
+            machine.sets.push(DeviceSet::new(uuid, control, doorbell, window, supervisor));
+        }
+        for channel in channels {
+            machine.channels.push(open_channel(channel).await?);
+        }
+    }
+    Ok(machine)
+}
+
+/// Starts the control device of each device set, in the order of the configuration.
+fn start_controls(config: &ApplianceConfig) -> Result<Vec<Devices>> {
     let mut controls = find_controls()?;
     let mut doorbells = find_doorbells()?;
     let mut sets = Vec::new();
-    let configured = || {
-        let back_ends = config.back_ends.iter();
-        back_ends.flat_map(|back_end| back_end.device_sets.iter().map(move |uuid| (uuid, &back_end.device)))
-    };
-    for (uuid, _) in configured() {
+    for uuid in config.back_ends.iter().flat_map(|back_end| &back_end.device_sets) {
         let uuid: Uuid = uuid.parse()?;
         let control = controls.remove(&uuid).with_context(|| format!("device set {uuid} has no control device"))?;
         let doorbell = doorbells.remove(&uuid).with_context(|| format!("device set {uuid} has no doorbell device"))?;
@@ -61,23 +106,14 @@ pub async fn bring_up(config: &ApplianceConfig, modules: &Modules, reaper: &Reap
     for uuid in controls.keys().chain(doorbells.keys()) {
         warn!(set = %uuid, "there is a device of a set that is not configured");
     }
-    modules.load(Stage::Window)?;
-    for set in &mut sets {
-        let uuid = set.uuid;
-        let len = timeout(WINDOW_TIMEOUT, window_len(&mut set.control)).await;
-        set.window_len = len.with_context(|| format!("bridge of device set {uuid} does not map its window"))??;
-    }
-    modules.load(Stage::Dax)?;
-    let mut ready = Vec::new();
-    for (index, (set, (_, device))) in (0..).zip(sets.into_iter().zip(configured())) {
-        let Devices { uuid, control, doorbell, window_len } = set;
-        let window = Window::open(uuid, window_len).await?;
-        let program = prepare(index, uuid, device, &config.log).await?;
-        let supervisor = Supervisor::new(program, reaper.clone(), &window.file)?;
-        info!(set = %uuid, "devices are up");
-        ready.push(DeviceSet::new(uuid, control, doorbell, window, supervisor));
-    }
-    Ok(ready)
+    Ok(sets)
+}
+
+async fn open_channel(channel: PreparedChannel) -> Result<(String, Channel)> {
+    let port = Port::find(&channel.port).await.with_context(|| format!("channel {}", channel.name))?;
+    let port =
+        port.with_context(|| format!("channel {}: there is no virtio-serial port '{}'", channel.name, channel.port))?;
+    Ok((channel.name, Channel::new(port, channel.socket)))
 }
 
 fn find_controls() -> Result<BTreeMap<Uuid, FoundControlDevice>> {

@@ -27,6 +27,10 @@ fn run() -> Result<Infallible> {
     modules.load(Stage::Boot)?;
     let config = boot::read_config()?;
     boot::start_log(&config.log)?;
+    boot::prepare_for_programs(&config)?;
+    if boot::has_uplink(&config) {
+        Modules::read(Path::new("/etc/modules-net.list"), Path::new("/lib/modules"))?.load(Stage::Boot)?;
+    }
     // No program that is started from here on gains rights by being executed.
     rustix::thread::set_no_new_privs(true).context("cannot give up new privileges")?;
     let runtime =
@@ -39,7 +43,14 @@ fn run() -> Result<Infallible> {
                 tracing::error!("cannot wait for processes: {error}");
             }
         });
-        for mut set in bring_up(&config, &modules, &reaper).await? {
+        let machine = bring_up(&config, &modules, &reaper).await?;
+        for (name, channel) in machine.channels {
+            tokio::task::spawn_local(async move {
+                let Err(error) = channel.run().await;
+                tracing::error!("channel {name} has failed: {error}");
+            });
+        }
+        for mut set in machine.sets {
             serving.spawn_local(async move {
                 let error = set.serve().await.err();
                 (set, error)

@@ -1,137 +1,176 @@
-//! The back-end program of each device class, and what it may touch.
+//! The back-end program of each device class, and what it may touch: a user of its own, a directory for its sockets, its
+//! disks, its TAP.
 
-use std::ffi::OsString;
 use std::fs::{self, Permissions};
 use std::io;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use vvu_appliance_config::{BlkOptions, Device, Format, Limits};
+use vvu_appliance_config::{
+    BackEnd, BlkOptions, CHANNEL_PORT_PREFIX, CONTROL_CHANNEL, Device, ExecOptions, NetOptions,
+};
 
-use crate::supervisor::BackEndProgram;
-use crate::uuid::Uuid;
-use crate::watch::wait_for;
+use crate::network::{TAP, TUN_DEVICE, make_uplink};
+use crate::process::{BackEndProgram, Output};
 
-/// First user and group id for back-ends; each device set has its own.
+mod arguments;
+mod command;
+mod disks;
+
+use arguments::{BlkPlaces, blk_arguments, net_arguments};
+use command::{Places, substitute};
+use disks::find_disk;
+
+/// First user and group id for back-ends; each program has its own.
 const FIRST_USER: u32 = 1000;
 
-/// How long the kernel may take to show a disk.
-const DISK_TIMEOUT: Duration = Duration::from_secs(10);
+/// Where programs of overlays are looked for.
+const PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// Prepares the program of device set number `index`: a user of its own, a directory for its socket, and its disk.
+/// A program that can be started, and what leads to it.
+#[derive(Debug)]
+pub struct Prepared {
+    /// The program, with one socket for each of its device sets, in their order.
+    pub program: BackEndProgram,
+    /// Its channels.
+    pub channels: Vec<PreparedChannel>,
+}
+
+/// A channel that can be connected.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PreparedChannel {
+    /// Its name.
+    pub name: String,
+    /// Name of its virtio-serial port.
+    pub port: String,
+    /// Where the program listens.
+    pub socket: PathBuf,
+}
+
+/// What every program has.
+struct Home<'a> {
+    user: u32,
+    directory: PathBuf,
+    channels: &'a [PreparedChannel],
+    log: &'a str,
+}
+
+/// Prepares the program of back-end number `index`.
 ///
 /// # Errors
-/// If something that it needs is not there.
-pub async fn prepare(index: u32, uuid: Uuid, device: &Device, log: &str) -> Result<BackEndProgram> {
+/// If something that it needs is not there, or is more than its class has.
+pub async fn prepare(index: u32, back_end: &BackEnd, log: &str) -> Result<Prepared> {
     let user = FIRST_USER + index;
-    let directory = Path::new("/run").join(uuid.to_string());
+    let name = back_end.device_sets.first().context("a back-end has no device set")?;
+    let directory = Path::new("/run").join(name);
     fs::create_dir_all(&directory)
         .and_then(|()| give(&directory, user, 0o700))
         .with_context(|| format!("cannot prepare the directory {} for the back-end", directory.display()))?;
-    let socket = directory.join("back-end.sock");
-    let arguments = match device {
-        Device::Blk(options) => {
-            if options.image.format != Format::Raw || options.limits != Limits::default() {
-                bail!("this appliance has raw images without limits only");
-            }
-            let disk = find_disk(&options.image.disk_serial).await?;
-            let mode = if options.read_only { 0o400 } else { 0o600 };
-            give(&disk, user, mode).with_context(|| format!("cannot hand over the disk {}", disk.display()))?;
-            blk_arguments(options, &disk, &socket)
-        }
-        Device::Net(_) | Device::Exec(_) => bail!("this appliance has block devices only"),
+    let channels: Vec<_> = back_end.channels.iter().map(|name| channel(name, &directory)).collect();
+    let home = Home { user, directory, channels: &channels, log };
+    let program = match &back_end.device {
+        Device::Blk(options) => home.blk(options).await?,
+        Device::Net(options) => home.net(options)?,
+        Device::Exec(options) => home.exec(options).await?,
     };
-    let program = "/bin/vvu-blk".into();
-    let environment = vec![("RUST_LOG".into(), log.into())];
-    Ok(BackEndProgram { program, arguments, environment, socket, user: Some(user) })
+    Ok(Prepared { program, channels })
 }
 
-fn blk_arguments(options: &BlkOptions, disk: &Path, socket: &Path) -> Vec<OsString> {
-    let mut arguments: Vec<OsString> = vec![
-        "--socket-path".into(),
-        socket.into(),
-        "--image".into(),
-        disk.into(),
-        "--queues".into(),
-        options.queues.to_string().into(),
-        "--serial".into(),
-        options.serial.clone().into(),
-    ];
-    if options.read_only {
-        arguments.push("--read-only".into());
+fn channel(name: &str, directory: &Path) -> PreparedChannel {
+    // A name of its own, so that no channel has that of another socket.
+    let socket = directory.join(format!("channel-{name}.sock"));
+    PreparedChannel { name: name.to_owned(), port: format!("{CHANNEL_PORT_PREFIX}{name}"), socket }
+}
+
+impl Home<'_> {
+    async fn blk(self, options: &BlkOptions) -> Result<BackEndProgram> {
+        let image = self.disk(&options.image.disk_serial, options.read_only).await?;
+        let mut backing = Vec::new();
+        for layer in &options.backing {
+            backing.push((layer.format, self.disk(&layer.disk_serial, true).await?));
+        }
+        let socket = self.directory.join("back-end.sock");
+        let places = BlkPlaces { socket: &socket, image: &image, backing: &backing, control: self.control()? };
+        let arguments = blk_arguments(options, &places);
+        Ok(self.own("/bin/vvu-blk", arguments, vec![socket]))
     }
-    arguments
+
+    fn net(self, options: &NetOptions) -> Result<BackEndProgram> {
+        let sockets: Vec<_> =
+            (0..options.ports.len()).map(|port| self.directory.join(format!("port-{port}.sock"))).collect();
+        if let Some(mac) = &options.uplink {
+            make_uplink(mac, options.mtu, self.user)?;
+            give(Path::new(TUN_DEVICE), self.user, 0o600).with_context(|| format!("cannot hand over {TUN_DEVICE}"))?;
+        }
+        let arguments = net_arguments(options, &sockets, options.uplink.as_ref().map(|_| TAP), self.control()?);
+        Ok(self.own("/bin/vvu-net", arguments, sockets))
+    }
+
+    async fn exec(self, options: &ExecOptions) -> Result<BackEndProgram> {
+        let socket = self.directory.join("back-end.sock");
+        let mut disks = Vec::new();
+        for disk in &options.disks {
+            disks.push((disk.name.as_str(), self.disk(&disk.name, disk.read_only).await?));
+        }
+        let channels: Vec<_> =
+            self.channels.iter().map(|channel| (channel.name.as_str(), channel.socket.clone())).collect();
+        let places = Places { socket: &socket, channels: &channels, disks: &disks };
+        let mut words = options.command.iter().map(|word| substitute(word, &places));
+        let program = words.next().context("the command is empty")??;
+        let arguments = words.collect::<Result<_, _>>()?;
+        let program = command::find(Path::new(&program), PATH)
+            .with_context(|| format!("the overlay has no program '{}' that can be run ({PATH})", program.display()))?;
+        let home = self.directory.clone().into_os_string();
+        let environment = vec![("PATH".into(), PATH.into()), ("HOME".into(), home.clone()), ("TMPDIR".into(), home)];
+        let (directory, user) = (self.directory, Some(self.user));
+        let sockets = vec![socket];
+        Ok(BackEndProgram {
+            program,
+            arguments,
+            environment,
+            directory,
+            sockets,
+            user,
+            output: Output::Logged,
+            window: None,
+        })
+    }
+
+    /// One of the appliance's own programs.
+    fn own(self, program: &str, arguments: Vec<std::ffi::OsString>, sockets: Vec<PathBuf>) -> BackEndProgram {
+        let environment = vec![("RUST_LOG".into(), self.log.into())];
+        BackEndProgram {
+            program: program.into(),
+            arguments,
+            environment,
+            directory: self.directory,
+            sockets,
+            user: Some(self.user),
+            output: Output::Inherited,
+            window: None,
+        }
+    }
+
+    /// The only channel that the appliance's own programs know.
+    fn control(&self) -> Result<Option<&Path>> {
+        if let Some(other) = self.channels.iter().find(|channel| channel.name != CONTROL_CHANNEL) {
+            bail!("this back-end has no channel '{}', only '{CONTROL_CHANNEL}'", other.name);
+        }
+        Ok(self.channels.first().map(|channel| channel.socket.as_path()))
+    }
+
+    /// Waits for a disk and hands it over.
+    async fn disk(&self, serial: &str, read_only: bool) -> Result<PathBuf> {
+        let disk = find_disk(serial).await?;
+        let mode = if read_only { 0o400 } else { 0o600 };
+        give(&disk, self.user, mode).with_context(|| format!("cannot hand over the disk {}", disk.display()))?;
+        Ok(disk)
+    }
 }
 
 /// Makes a file or directory accessible to one user only.
 fn give(path: &Path, user: u32, mode: u32) -> io::Result<()> {
     chown(path, Some(user), Some(user))?;
     fs::set_permissions(path, Permissions::from_mode(mode))
-}
-
-/// Waits for the node of the disk with this serial number.
-async fn find_disk(serial: &str) -> Result<PathBuf> {
-    let look = || disk_with_serial(Path::new("/sys/block"), serial);
-    let found = wait_for(Path::new("/dev"), DISK_TIMEOUT, || {
-        Ok::<_, io::Error>(look()?.map(|name| Path::new("/dev").join(name)).filter(|node| node.exists()))
-    });
-    found
-        .await
-        .context("cannot look for disks")?
-        .with_context(|| format!("there is no disk with serial number {serial}"))
-}
-
-fn disk_with_serial(block: &Path, serial: &str) -> io::Result<Option<OsString>> {
-    for entry in fs::read_dir(block)? {
-        let entry = entry?;
-        // Only virtio disks have this attribute; the others are not meant.
-        if fs::read_to_string(entry.path().join("serial")).is_ok_and(|text| text.trim() == serial) {
-            return Ok(Some(entry.file_name()));
-        }
-    }
-    Ok(None)
-}
-
-#[cfg(test)]
-mod tests {
-    use vvu_appliance_config::Layer;
-
-    use super::*;
-
-    #[test]
-    fn the_disk_is_found_by_its_whole_serial_number() {
-        let directory = tempfile::tempdir().unwrap();
-        for (disk, serial) in [("vda", Some("vvu-disk-10\n")), ("vdb", Some("vvu-disk-1\n")), ("ram0", None)] {
-            fs::create_dir(directory.path().join(disk)).unwrap();
-            if let Some(serial) = serial {
-                fs::write(directory.path().join(disk).join("serial"), serial).unwrap();
-            }
-        }
-        let find = |serial| disk_with_serial(directory.path(), serial).unwrap();
-        assert_eq!(find("vvu-disk-1"), Some("vdb".into()));
-        assert_eq!(find("vvu-disk-10"), Some("vda".into()));
-        assert_eq!(find("vvu-disk"), None);
-    }
-
-    #[test]
-    fn blk_is_started_as_configured() {
-        let image = || Layer { disk_serial: "d".into(), format: Format::Raw };
-        let options = |read_only| BlkOptions {
-            image: image(),
-            backing: Vec::new(),
-            read_only,
-            queues: 4,
-            serial: "s".into(),
-            limits: Limits::default(),
-        };
-        let arguments = |read_only| {
-            let arguments = blk_arguments(&options(read_only), Path::new("/dev/vda"), Path::new("/run/b.sock"));
-            arguments.join(std::ffi::OsStr::new(" ")).into_string().unwrap()
-        };
-        let expected = "--socket-path /run/b.sock --image /dev/vda --queues 4 --serial s";
-        assert_eq!(arguments(false), expected);
-        assert_eq!(arguments(true), format!("{expected} --read-only"));
-    }
 }

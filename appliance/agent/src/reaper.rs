@@ -13,7 +13,7 @@ use std::rc::Rc;
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, WaitOptions, WaitStatus, kill_process, wait, waitpid};
 use tokio::signal::unix::{Signal as SignalStream, SignalKind, signal};
-use tokio::sync::oneshot;
+use tokio::sync::watch;
 
 /// How a process has ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,7 +55,7 @@ pub enum Scope {
     OwnChildren,
 }
 
-type Waiting = Rc<RefCell<BTreeMap<i32, oneshot::Sender<Exit>>>>;
+type Waiting = Rc<RefCell<BTreeMap<i32, watch::Sender<Option<Exit>>>>>;
 
 /// Starts child processes. [`ReaperTask::run`] has to be running for their ends to be seen.
 #[derive(Debug, Clone)]
@@ -90,9 +90,9 @@ impl Reaper {
         let process = command.spawn()?;
         // Nothing waits between the start and here, so the end cannot have been taken note of yet.
         let pid = Pid::from_child(&process);
-        let (sender, receiver) = oneshot::channel();
+        let (sender, ended) = watch::channel(None);
         self.waiting.borrow_mut().insert(pid.as_raw_nonzero().get(), sender);
-        Ok(Child { pid, ended: receiver, exit: None, waiting: Rc::clone(&self.waiting) })
+        Ok(Child { pid, ended, waiting: Rc::clone(&self.waiting) })
     }
 }
 
@@ -136,17 +136,16 @@ impl ReaperTask {
 
     fn tell(&self, pid: Pid, exit: Exit) {
         if let Some(sender) = self.waiting.borrow_mut().remove(&pid.as_raw_nonzero().get()) {
-            let _ = sender.send(exit);
+            let _ = sender.send(Some(exit));
         }
     }
 }
 
-/// A child process. Dropping it neither ends it nor stops its end from being taken note of.
-#[derive(Debug)]
+/// A child process. Dropping it neither ends it nor stops its end from being taken note of; a clone is the same process.
+#[derive(Debug, Clone)]
 pub struct Child {
     pid: Pid,
-    ended: oneshot::Receiver<Exit>,
-    exit: Option<Exit>,
+    ended: watch::Receiver<Option<Exit>>,
     waiting: Waiting,
 }
 
@@ -157,20 +156,22 @@ impl Child {
         self.pid.as_raw_nonzero().get()
     }
 
+    /// Whether its end has been taken note of.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        !self.waiting.borrow().contains_key(&self.id()) || self.ended.borrow().is_some()
+    }
+
     /// Waits for the end. May be called again, and the future may be dropped at any time.
-    pub async fn exited(&mut self) -> Exit {
-        if let Some(exit) = self.exit {
-            return exit;
-        }
-        let exit = (&mut self.ended).await.unwrap_or(Exit::Unknown);
-        self.exit = Some(exit);
-        exit
+    pub async fn exited(&self) -> Exit {
+        let mut ended = self.ended.clone();
+        ended.wait_for(Option::is_some).await.ok().and_then(|exit| *exit).unwrap_or(Exit::Unknown)
     }
 
     /// Ends the process without asking it.
     pub fn kill(&self) {
         // As long as its end has not been taken note of, the process id belongs to no other process.
-        if self.waiting.borrow().contains_key(&self.id()) {
+        if !self.has_ended() {
             let _ = kill_process(self.pid, Signal::KILL);
         }
     }
@@ -184,11 +185,11 @@ mod tests {
     async fn each_end_reaches_its_own_child() {
         let (reaper, task) = Reaper::new(Scope::OwnChildren).unwrap();
         let shell = |script: &str| reaper.spawn(Command::new("/bin/sh").args(["-c", script])).unwrap();
-        let mut children = [shell("exit 3"), shell("kill -9 $$"), shell("exec sleep 1000"), shell("true")];
+        let children = [shell("exit 3"), shell("kill -9 $$"), shell("exec sleep 1000"), shell("true")];
         children[2].kill();
         let all = async {
             let mut exits = Vec::new();
-            for child in &mut children {
+            for child in &children {
                 exits.push(child.exited().await);
                 assert_eq!(child.exited().await, exits[exits.len() - 1]);
             }

@@ -1,34 +1,40 @@
-//! Starts the back-end program, connects to it, and starts it again when it dies: up to a limit.
+//! The connection of one device set to its back-end: made when the program listens, made anew when it was lost.
 //!
 //! A back-end is *ready* when it has answered on a fresh connection, and neither maps the window nor has its node open. So
 //! a ready back-end holds nothing of an earlier session: the answer shows that it is done with the connection before, as
-//! far as it serves one at a time, and the look at its mappings shows that it has let go of what that connection brought.
-//! One that has not is replaced.
+//! far as it serves one at a time on a socket, and the look at its mappings shows that it has let go of what that connection
+//! brought. One that has not is replaced.
+//!
+//! The process may serve other device sets as well ([`crate::process`]). To end it for one of them is to end it for all; the
+//! others see a back-end that was lost.
+//!
+//! A program may also serve one front-end only, and end, or answer nobody any more, when that has gone. It is started again
+//! for the next one, and that is no failure: what counts is a loss that a front-end suffers, and a program that never
+//! gets ready.
 
-use std::ffi::OsString;
+use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::PathBuf;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use std::{fs, future};
 
-use tokio::net::UnixStream;
 use tokio::time::timeout;
 use tracing::{error, info, warn};
 use vvu_protocol::message::FrontEndRequest;
-use vvu_socket::MessageSocket;
+use vvu_socket::{MessageSocket, SocketError};
 
 use crate::back_end::{BackEndLink, LinkError};
 use crate::in_one_line;
-use crate::reaper::{Child, Exit, Reaper};
-use crate::restarts::{MAX_RESTARTS, PERIOD, RestartLimit};
-use crate::watch::wait_for;
+use crate::listening::connect;
+pub use crate::process::GaveUp;
+use crate::process::{BackEndProcess, NoProcess, Run};
+use crate::reaper::Exit;
+use crate::restarts::RestartLimit;
 
-/// How long a program may take from its start to its socket.
-const START_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a program may take from its start to its socket. Programs of others do much before that.
+const START_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// How long a program may take to clear an old connection away and answer on a new one. The device gives the appliance up
 /// after 30 s (control profile, "Sessions", rule 2), and a replacement has to be started within that time.
@@ -38,36 +44,13 @@ const READY_TIMEOUT: Duration = Duration::from_secs(10);
 /// its end is seen; one that does not die is connected to again, and a driver VM is waiting for that.
 const EXIT_GRACE: Duration = Duration::from_millis(250);
 
-/// Between `bind` and `listen` of the program, its socket is there but refuses connections; no event tells of the latter.
-const LISTEN_RETRY: Duration = Duration::from_millis(5);
-
-/// A back-end program and how it is started.
-#[derive(Debug, Clone)]
-pub struct BackEndProgram {
-    /// The program.
-    pub program: PathBuf,
-    /// Its arguments.
-    pub arguments: Vec<OsString>,
-    /// Its environment: nothing is inherited.
-    pub environment: Vec<(OsString, OsString)>,
-    /// Where it listens. The directory exists, and the program may write to it.
-    pub socket: PathBuf,
-    /// User and group id to run it as, or `None` for the agent's own.
-    pub user: Option<u32>,
-}
-
-/// The back-end has failed too often.
-#[derive(Debug, thiserror::Error)]
-#[error("back-end has failed more than {MAX_RESTARTS} times within {} s, it is given up", PERIOD.as_secs())]
-pub struct GaveUp;
-
 /// Why a back-end is not ready.
 #[derive(Debug, thiserror::Error)]
 enum NotReady {
-    #[error("cannot be started")]
-    Start(#[source] io::Error),
     #[error("ended: {0}")]
     Ended(Exit),
+    #[error("ended before it listened: {0}")]
+    NeverListened(Exit),
     #[error("did not listen within {} s", START_TIMEOUT.as_secs())]
     NoSocket,
     #[error("cannot be connected to")]
@@ -88,7 +71,7 @@ pub trait Supervise {
     /// was said, and which finds it without anything of an earlier one.
     ///
     /// # Errors
-    /// [`GaveUp`]; the back-end does not run then.
+    /// [`GaveUp`]; there is no connection then.
     fn ready(&mut self) -> impl Future<Output = Result<BackEndLink, GaveUp>>;
 
     /// Takes note of a back-end that has closed a connection which a front-end was using.
@@ -98,117 +81,120 @@ pub trait Supervise {
     fn end(&mut self) -> impl Future<Output = ()>;
 }
 
-/// Keeps one back-end running.
+/// Keeps the back-end of one device set connected.
 #[derive(Debug)]
 pub struct Supervisor {
-    program: BackEndProgram,
-    reaper: Reaper,
+    process: BackEndProcess,
+    /// Where the program listens for this device set.
+    socket: PathBuf,
     /// Name by which the kernel shows the window's file.
     window_name: PathBuf,
-    child: Option<Child>,
-    restarts: RestartLimit,
+    /// The process that the connection in use leads to.
+    connected_to: Option<Rc<Run>>,
+    /// Connections that the program has closed without dying.
+    hang_ups: RestartLimit,
     given_up: bool,
 }
 
 impl Supervisor {
-    /// A supervisor of a program that has not been started yet, whose driver memory comes from `window`.
+    /// A supervisor of the connection to the socket of a program, whose driver memory comes from `window`.
     ///
     /// # Errors
     /// If the window's name cannot be found out.
-    pub fn new(program: BackEndProgram, reaper: Reaper, window: &Arc<OwnedFd>) -> io::Result<Self> {
+    pub fn new(process: BackEndProcess, socket: PathBuf, window: &Arc<OwnedFd>) -> io::Result<Self> {
         let window_name = fs::read_link(format!("/proc/self/fd/{}", window.as_raw_fd()))?;
-        Ok(Self { program, reaper, window_name, child: None, restarts: RestartLimit::default(), given_up: false })
+        let hang_ups = RestartLimit::default();
+        Ok(Self { process, socket, window_name, connected_to: None, hang_ups, given_up: false })
     }
 
     /// Waits until the back-end is ready, starting it if need be.
     ///
     /// # Errors
-    /// [`GaveUp`]; the back-end does not run then.
+    /// [`GaveUp`]; the device set has no connection then.
     pub async fn ready(&mut self) -> Result<BackEndLink, GaveUp> {
+        // Nobody has complained of the connection before: it was closed on this side.
+        let released = self.connected_to.take();
         while !self.given_up {
-            match self.try_ready().await {
-                Ok(link) => return Ok(link),
-                Err(NotReady::HoldsMemory) => {
-                    // No failure: the driver VM waits for nothing, and a new process starts with a clean slate.
-                    info!("back-end {}: it is replaced", NotReady::HoldsMemory);
-                    self.stop().await;
+            let run = match self.process.running() {
+                Ok(run) => run,
+                Err(NoProcess::GaveUp(gave_up)) => return Err(gave_up),
+                Err(start) => {
+                    warn!("back-end {} {}", self.process.name(), in_one_line(&start));
+                    continue;
                 }
-                Err(not_ready) => {
-                    warn!("back-end {}", in_one_line(&not_ready));
-                    self.end().await;
+            };
+            let has_served = released.as_ref().is_some_and(|released| Rc::ptr_eq(released, &run));
+            match self.try_ready(&run, has_served).await {
+                Ok(link) => {
+                    self.connected_to = Some(run);
+                    return Ok(link);
                 }
+                Err(not_ready) => self.replace(&run, &not_ready, has_served).await,
             }
         }
         Err(GaveUp)
     }
 
-    async fn try_ready(&mut self) -> Result<BackEndLink, NotReady> {
-        if self.child.is_none() {
-            self.start()?;
-        }
-        let connect = connect(&self.program.socket);
+    async fn try_ready(&self, run: &Run, has_served: bool) -> Result<BackEndLink, NotReady> {
         let stream = tokio::select! {
-            stream = connect => stream?.ok_or(NotReady::NoSocket)?,
-            exit = exited(&mut self.child) => return Err(NotReady::Ended(exit)),
+            stream = connect(&self.socket, START_TIMEOUT) => stream?.ok_or(NotReady::NoSocket)?,
+            exit = run.exited() => {
+                return Err(if has_served { NotReady::Ended(exit) } else { NotReady::NeverListened(exit) });
+            }
         };
         let mut link = BackEndLink::new(MessageSocket::new(stream.into_std()?)?);
         let answer = tokio::select! {
             answer = timeout(READY_TIMEOUT, link.request(FrontEndRequest::GetFeatures)) => answer,
-            exit = exited(&mut self.child) => return Err(NotReady::Ended(exit)),
+            exit = run.exited() => return Err(NotReady::Ended(exit)),
         };
-        answer.map_err(|_| NotReady::NoAnswer)??;
-        match self.child.as_ref().map(|child| holds(child.id(), &self.window_name)) {
-            Some(Ok(true)) => Err(NotReady::HoldsMemory),
-            Some(Err(error)) => Err(NotReady::Inspect(error)),
-            Some(Ok(false)) | None => Ok(link),
+        match answer.map_err(|_| NotReady::NoAnswer)? {
+            Ok(_) => {}
+            Err(error) if has_closed(&error) => {
+                // One that has served its only front-end may have to tidy up.
+                let grace = if has_served { READY_TIMEOUT } else { EXIT_GRACE };
+                let exit = timeout(grace, run.exited()).await;
+                return Err(exit.map_or(NotReady::Link(error), NotReady::Ended));
+            }
+            Err(error) => return Err(error.into()),
+        }
+        match run.holds(&self.window_name) {
+            Ok(true) => Err(NotReady::HoldsMemory),
+            Ok(false) => Ok(link),
+            Err(error) => Err(NotReady::Inspect(error)),
         }
     }
 
-    fn start(&mut self) -> Result<(), NotReady> {
-        let program = &self.program;
-        match fs::remove_file(&program.socket) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(NotReady::Start(error)),
-            _ => {}
+    /// Sees to it that another process takes the place of one that is not ready.
+    async fn replace(&self, run: &Run, not_ready: &NotReady, has_served: bool) {
+        let (name, reason) = (self.process.name(), in_one_line(not_ready));
+        if matches!(not_ready, NotReady::HoldsMemory) || has_served {
+            // No failure: the driver VM waits for nothing, and a new process starts with a clean slate.
+            info!("back-end {name} {reason}; it is replaced");
+            self.process.replace(run).await;
+        } else {
+            warn!("back-end {name} {reason}");
+            self.process.end(run).await;
         }
-        let mut command = Command::new(&program.program);
-        command.args(&program.arguments).env_clear().envs(program.environment.iter().cloned()).stdin(Stdio::null());
-        if let Some(user) = program.user {
-            // Setting the user also clears the supplementary groups.
-            command.uid(user).gid(user);
-        }
-        let child = self.reaper.spawn(&mut command).map_err(NotReady::Start)?;
-        info!(pid = child.id(), program = %program.program.display(), "back-end started");
-        self.child = Some(child);
-        Ok(())
     }
 
     /// Takes note of a back-end that has closed a connection which a front-end was using: it has failed, whether or not it
     /// has died of that.
     pub async fn lost(&mut self) {
-        match timeout(EXIT_GRACE, exited(&mut self.child)).await {
-            Ok(exit) => {
-                error!("back-end died: {exit}");
-                self.child = None;
-            }
-            Err(_) => error!("back-end closed its connection and lives on"),
+        let Some(run) = self.connected_to.take() else { return };
+        let name = self.process.name();
+        if let Ok(exit) = timeout(EXIT_GRACE, run.exited()).await {
+            error!("back-end {name} died: {exit}");
+            self.process.failed(&run);
+        } else {
+            error!("back-end {name} closed its connection and lives on");
+            self.given_up |= !self.hang_ups.may_restart(Instant::now());
         }
-        self.failed();
     }
 
     /// Ends the back-end without asking it, because it does not do what it should.
     pub async fn end(&mut self) {
-        self.stop().await;
-        self.failed();
-    }
-
-    fn failed(&mut self) {
-        self.given_up |= !self.restarts.may_restart(Instant::now());
-    }
-
-    async fn stop(&mut self) {
-        if let Some(mut child) = self.child.take() {
-            child.kill();
-            child.exited().await;
+        if let Some(run) = self.connected_to.take() {
+            self.process.end(&run).await;
         }
     }
 }
@@ -227,60 +213,7 @@ impl Supervise for Supervisor {
     }
 }
 
-impl Drop for Supervisor {
-    /// A device set that has ended leaves no back-end behind.
-    fn drop(&mut self) {
-        if let Some(child) = &self.child {
-            child.kill();
-        }
-    }
-}
-
-/// Waits for the end of a child; for ever if there is none.
-async fn exited(child: &mut Option<Child>) -> Exit {
-    match child {
-        Some(child) => child.exited().await,
-        None => future::pending().await,
-    }
-}
-
-/// Connects as soon as the socket is there and listens; `None` if that takes too long.
-async fn connect(socket: &Path) -> io::Result<Option<UnixStream>> {
-    let directory = socket.parent().unwrap_or(Path::new("/"));
-    let connected = async {
-        let there = || Ok::<_, io::Error>(socket.exists().then_some(()));
-        if wait_for(directory, START_TIMEOUT, there).await?.is_none() {
-            return Ok(None);
-        }
-        loop {
-            match UnixStream::connect(socket).await {
-                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                    tokio::time::sleep(LISTEN_RETRY).await;
-                }
-                other => return other.map(Some),
-            }
-        }
-    };
-    timeout(START_TIMEOUT, connected).await.unwrap_or(Ok(None))
-}
-
-/// Whether a process maps a file of this name or has it open.
-fn holds(pid: i32, name: &Path) -> io::Result<bool> {
-    let process = Path::new("/proc").join(pid.to_string());
-    Ok(maps(&process, name)? || has_open(&process, name)?)
-}
-
-fn maps(process: &Path, name: &Path) -> io::Result<bool> {
-    let maps = fs::read_to_string(process.join("maps"))?;
-    Ok(maps.lines().any(|line| line.ends_with(&*name.to_string_lossy())))
-}
-
-fn has_open(process: &Path, name: &Path) -> io::Result<bool> {
-    for entry in fs::read_dir(process.join("fd"))? {
-        // A descriptor may be closed while the directory is read.
-        if fs::read_link(entry?.path()).is_ok_and(|target| target == name) {
-            return Ok(true);
-        }
-    }
-    Ok(false)
+/// Whether the program has closed the connection, as one does that ends.
+const fn has_closed(error: &LinkError) -> bool {
+    matches!(error, LinkError::Closed | LinkError::Socket(SocketError::Io(_) | SocketError::Truncated { .. }))
 }

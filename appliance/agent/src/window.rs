@@ -17,7 +17,7 @@ use vvu_protocol::dax::NODE_OFFSET;
 use vvu_protocol::window::ALIGNMENT;
 
 use crate::uuid::Uuid;
-use crate::watch::wait_for;
+use crate::watch::look_until;
 
 /// Devices of the kernel's nvdimm bus. A device-DAX namespace has an attribute `uuid`, from the header of the window, and
 /// below it a directory with the name of its node.
@@ -81,12 +81,14 @@ impl Window {
     /// [`WindowError`].
     pub async fn open(uuid: Uuid, len: u64) -> Result<Self, WindowError> {
         let look = || {
-            let Some(path) = find_node(Path::new(ND_DEVICES), uuid).filter(|path| path.exists()) else {
-                return Ok(None);
-            };
-            File::options().read(true).write(true).open(&path).map(|file| Some((path, file)))
+            let Some(path) = find_node(Path::new(ND_DEVICES), uuid) else { return Ok(None) };
+            match File::options().read(true).write(true).open(&path) {
+                Ok(file) => Ok(Some((path, file))),
+                Err(error) if is_to_come(&error) => Ok(None),
+                Err(error) => Err(error),
+            }
         };
-        let found = wait_for(Path::new("/dev"), NODE_TIMEOUT, look).await?;
+        let found = look_until(NODE_TIMEOUT, look).await?;
         let (path, file) = found.ok_or(WindowError::NoNode { uuid })?;
         tracing::info!(node = %path.display(), len_bytes = len, "window is open");
         Ok(Self { file: Arc::new(file.into()), len })
@@ -114,6 +116,11 @@ impl Window {
             .map_err(|source| ReadError::Access { offset, source })?;
         Ok(u16::from_le(value))
     }
+}
+
+/// The node is not there, or it is but its driver is not bound to it yet, of which no change of a directory tells.
+fn is_to_come(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENXIO | libc::ENODEV))
 }
 
 fn find_node(nd_devices: &Path, uuid: Uuid) -> Option<PathBuf> {

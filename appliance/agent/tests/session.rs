@@ -3,7 +3,7 @@
 //!
 //! `bridge` is the control device's other end, `stage` what all tests start with. Back-ends: `back_end` keeps to a script and
 //! to each `command`, `foreign` is an unmodified one of the crate `vhost-user-backend`. The tests: `stories` of sessions, `memory`,
-//! `replay`, `log`, `back_channel`, `device_state`, `restart`, and those of `foreign`.
+//! `replay`, `log`, `back_channel`, `device_state`, `restart`, `shared`, and those of `foreign`.
 
 #[cfg(test)]
 #[path = "session/back_channel.rs"]
@@ -35,6 +35,9 @@ mod replay;
 #[cfg(test)]
 #[path = "session/restart.rs"]
 mod restart;
+#[cfg(test)]
+#[path = "session/shared.rs"]
+mod shared;
 #[cfg(test)]
 #[path = "session/stage.rs"]
 mod stage;

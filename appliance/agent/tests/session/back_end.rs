@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::thread::JoinHandle;
 
-use vvu_agent::supervisor::BackEndProgram;
+use vvu_agent::process::{BackEndProgram, Output};
 use vvu_protocol::features::{Features, ProtocolFeatures};
 use vvu_protocol::memory::MemoryRegion;
 use vvu_protocol::message::{
@@ -72,9 +72,13 @@ pub(crate) enum Script {
     Hoarding,
     /// Dies at its start.
     StillBorn,
+    /// Listens until its first front-end has come, and ends when that has gone.
+    Single,
+    /// Ends when its first front-end has gone, after a while in which it still listens.
+    SingleSlow,
 }
 
-const SCRIPTS: [Script; 10] = [
+const SCRIPTS: [Script; 12] = [
     Script::Proper,
     Script::Plain,
     Script::Slotted,
@@ -85,11 +89,22 @@ const SCRIPTS: [Script; 10] = [
     Script::Chatty,
     Script::Hoarding,
     Script::StillBorn,
+    Script::Single,
+    Script::SingleSlow,
 ];
 
 /// How the agent starts it, with the socket in `directory`.
 pub(crate) fn program(script: Script, directory: &Path) -> BackEndProgram {
     this_binary("back_end::scripted", &format!("{script:?}"), directory)
+}
+
+/// As [`program`], with several sockets.
+pub(crate) fn program_with(script: Script, directory: &Path, sockets: &[&str]) -> BackEndProgram {
+    let sockets: Vec<_> = sockets.iter().map(|name| directory.join(name)).collect();
+    let mut program = program(script, directory);
+    program.environment.retain(|(name, _)| name != SOCKET);
+    program.environment.push((SOCKET.into(), std::env::join_paths(&sockets).unwrap()));
+    BackEndProgram { sockets, ..program }
 }
 
 /// A program that is one "test" of this binary, which finds its name for itself in `variant`.
@@ -99,8 +114,11 @@ pub(crate) fn this_binary(test: &str, variant: &str, directory: &Path) -> BackEn
         program: std::env::current_exe().unwrap(),
         arguments: ["--exact", test, "--ignored", "--nocapture", "--quiet"].map(Into::into).to_vec(),
         environment: vec![(SCRIPT.into(), variant.into()), (SOCKET.into(), socket.clone().into())],
-        socket,
+        directory: directory.to_owned(),
+        sockets: vec![socket],
         user: None,
+        output: Output::Inherited,
+        window: None,
     }
 }
 
@@ -114,7 +132,7 @@ pub(crate) fn told() -> (String, PathBuf) {
 #[test]
 #[ignore = "the back-end of the other tests, which start it as a process"]
 fn scripted() {
-    let (name, socket) = told();
+    let (name, sockets) = told();
     let script = SCRIPTS.into_iter().find(|script| format!("{script:?}") == name).unwrap();
     if script == Script::StillBorn {
         std::process::exit(3);
@@ -122,18 +140,35 @@ fn scripted() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let local = tokio::task::LocalSet::new();
     local.block_on(&runtime, async {
-        let listener = tokio::net::UnixListener::bind(&socket).unwrap();
-        let journal = socket.with_file_name("journal");
-        let mut hoard = Vec::new();
-        loop {
-            let (stream, _) = listener.accept().await.unwrap();
-            let connection = Connection::new(script, &journal);
-            let memory = connection.serve(MessageSocket::new(stream.into_std().unwrap()).unwrap()).await;
-            if script == Script::Hoarding {
-                hoard.push(memory);
-            }
+        let mut listening = tokio::task::JoinSet::new();
+        for socket in std::env::split_paths(&sockets) {
+            listening.spawn_local(listen(script, socket));
         }
+        listening.join_next().await.unwrap().unwrap();
     });
+}
+
+async fn listen(script: Script, socket: PathBuf) {
+    let listener = tokio::net::UnixListener::bind(&socket).unwrap();
+    let journal = socket.with_file_name("journal");
+    let mut hoard = Vec::new();
+    loop {
+        let (stream, _) = listener.accept().await.unwrap();
+        if script == Script::Single {
+            std::fs::remove_file(&socket).unwrap();
+        }
+        let connection = Connection::new(script, &journal);
+        let memory = connection.serve(MessageSocket::new(stream.into_std().unwrap()).unwrap()).await;
+        match script {
+            Script::Hoarding => hoard.push(memory),
+            Script::Single => std::process::exit(0),
+            Script::SingleSlow => {
+                tokio::time::sleep(std::time::Duration::from_millis(400)).await;
+                std::process::exit(0);
+            }
+            _ => {}
+        }
+    }
 }
 
 type Region = (MemoryRegion, OwnedFd);

@@ -100,3 +100,29 @@ fn a_back_end_that_dies_of_each_session_is_given_up() {
 fn a_back_end_that_hangs_up_in_each_session_is_given_up() {
     is_given_up(Command::Leave);
 }
+
+/// One front-end after the other, more than a back-end may fail, each with a process of its own.
+fn serves_one_front_end_each(script: Script) {
+    play(script, |stage| {
+        Box::pin(async {
+            let mut processes = Vec::new();
+            for _ in 0..MAX_RESTARTS + 2 {
+                stage.connect_and_negotiate().await;
+                let process = process_id(stage).await;
+                assert!(!processes.contains(&process));
+                processes.push(process);
+                stage.bridge.disconnect();
+            }
+        })
+    });
+}
+
+#[test]
+fn a_program_that_ends_with_its_front_end_has_not_failed() {
+    serves_one_front_end_each(Script::Single);
+}
+
+#[test]
+fn a_program_that_takes_its_time_to_end_with_its_front_end_has_not_failed() {
+    serves_one_front_end_each(Script::SingleSlow);
+}

@@ -8,11 +8,12 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::task::LocalSet;
+use tokio::task::{JoinSet, LocalSet};
 use vvu_agent::doorbell::Doorbell;
+use vvu_agent::process::{BackEndProcess, BackEndProgram};
 use vvu_agent::reaper::{Reaper, Scope};
 use vvu_agent::session::{DeviceSet, DeviceSetError};
-use vvu_agent::supervisor::{BackEndProgram, Supervisor};
+use vvu_agent::supervisor::Supervisor;
 use vvu_agent::uuid::Uuid;
 use vvu_agent::window::Window;
 use vvu_protocol::address::{FileOffset, GuestAddress, UserAddress};
@@ -26,8 +27,8 @@ use vvu_protocol::message::{ConfigSpace, FrontEndReply, FrontEndRequest, VringAd
 use vvu_protocol::window::MEMORY_OFFSET;
 use vvu_socket::event::Event;
 
-use crate::back_end::{Script, program};
-use crate::bridge::{Bridge, Eventfds};
+use crate::back_end::{Script, program, program_with};
+use crate::bridge::{Bridge, Eventfds, Port};
 
 pub(crate) type Request = FrontEndRequest<Handle>;
 pub(crate) type Reply = FrontEndReply<Handle>;
@@ -60,7 +61,7 @@ pub(crate) fn play(script: Script, story: impl FnOnce(&Stage) -> Story<'_>) {
 
 /// As [`play`], until the device set ends: it has to, before the story is over.
 pub(crate) fn play_to_the_end(script: Script, story: impl FnOnce(&Stage) -> Story<'_>) -> DeviceSetError {
-    let ended = run(&format!("{script:?}"), |directory| program(script, directory), story);
+    let ended = run(&format!("{script:?}"), |directory| program(script, directory), |stages| story(&stages[0]));
     ended.expect("the device set has not ended")
 }
 
@@ -70,39 +71,63 @@ pub(crate) fn play_with(
     program: impl FnOnce(&Path) -> BackEndProgram,
     story: impl FnOnce(&Stage) -> Story<'_>,
 ) {
-    if let Some(error) = run(name, program, story) {
+    if let Some(error) = run(name, program, |stages| story(&stages[0])) {
         panic!("device set ended: {error:?}");
     }
 }
 
+/// Runs two device sets with one back-end that keeps to `script`, until the story is over or one of them ends.
+pub(crate) fn play_two(script: Script, story: impl FnOnce(&[Stage]) -> Story<'_>) -> Option<DeviceSetError> {
+    run(&format!("{script:?}"), |directory| program_with(script, directory, &["a.sock", "b.sock"]), story)
+}
+
+/// Runs a device set for each socket of a program.
 fn run(
     name: &str,
     program: impl FnOnce(&Path) -> BackEndProgram,
-    story: impl FnOnce(&Stage) -> Story<'_>,
+    story: impl FnOnce(&[Stage]) -> Story<'_>,
 ) -> Option<DeviceSetError> {
     let directory = tempfile::tempdir().unwrap();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     LocalSet::new().block_on(&runtime, async {
-        // The window as the agent sees it starts behind its header.
-        let window =
-            rustix::fs::memfd_create(format!("window-{name}").as_str(), rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-        rustix::fs::ftruncate(&window, WINDOW_LEN - NODE_OFFSET).unwrap();
         let (reaper, reaper_task) = Reaper::new(Scope::OwnChildren).unwrap();
-        let file: Arc<OwnedFd> = Arc::new(window.try_clone().unwrap());
-        let supervisor = Supervisor::new(program(directory.path()), reaper, &file).unwrap();
-        let (bridge, port) = Bridge::new(WINDOW_LEN);
-        let eventfds = Eventfds::new();
-        let window_of_set = Window { file, len: WINDOW_LEN };
-        let mut set = DeviceSet::new(Uuid([7; 16]), port, eventfds.clone(), window_of_set, supervisor);
-        let stage = Stage { bridge, eventfds, window: window.into(), directory: directory.path().to_owned() };
+        let program = program(directory.path());
+        let sockets = program.sockets.clone();
+        let process = BackEndProcess::new(program, reaper);
+        let (mut serving, mut stages) = (JoinSet::new(), Vec::new());
+        for (index, socket) in (0..).zip(sockets) {
+            let (mut set, stage) = set_up(&format!("{name}-{index}"), index, &process, socket, directory.path());
+            serving.spawn_local(async move { set.serve().await.err() });
+            stages.push(stage);
+        }
+        drop(process);
         let started = Instant::now();
         tokio::select! {
-            () = story(&stage) => None,
-            ended = set.serve() => ended.err(),
+            () = story(&stages) => None,
+            ended = serving.join_next() => ended.unwrap().unwrap(),
             ended = reaper_task.run() => panic!("reaper ended: {ended:?}"),
             () = past(started) => panic!("what is awaited does not come"),
         }
     })
+}
+
+fn set_up(
+    name: &str,
+    index: u8,
+    process: &BackEndProcess,
+    socket: PathBuf,
+    directory: &Path,
+) -> (DeviceSet<Port, Eventfds>, Stage) {
+    // The window as the agent sees it starts behind its header.
+    let window = rustix::fs::memfd_create(format!("window-{name}").as_str(), rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&window, WINDOW_LEN - NODE_OFFSET).unwrap();
+    let file: Arc<OwnedFd> = Arc::new(window.try_clone().unwrap());
+    let supervisor = Supervisor::new(process.clone(), socket, &file).unwrap();
+    let (bridge, port) = Bridge::new(WINDOW_LEN);
+    let eventfds = Eventfds::new();
+    let window_of_set = Window { file, len: WINDOW_LEN };
+    let set = DeviceSet::new(Uuid([7 + index; 16]), port, eventfds.clone(), window_of_set, supervisor);
+    (set, Stage { bridge, eventfds, window: window.into(), directory: directory.to_owned() })
 }
 
 /// Waits for the limit by a clock that stories cannot wind forward.

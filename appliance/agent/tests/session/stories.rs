@@ -4,6 +4,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use vvu_agent::doorbell::Doorbell;
+use vvu_agent::process::BackEndProcess;
 use vvu_agent::reaper::{Reaper, Scope};
 use vvu_agent::session::REQUEST_TIMEOUT;
 use vvu_agent::supervisor::Supervisor;
@@ -349,7 +350,8 @@ fn a_back_end_that_fails_too_often_is_given_up() {
         let log = directory.path().join("starts");
         program.program = "/bin/sh".into();
         program.arguments = vec!["-c".into(), script.into(), log.clone().into()];
-        let mut supervisor = Supervisor::new(program, reaper, &window).unwrap();
+        let socket = program.sockets[0].clone();
+        let mut supervisor = Supervisor::new(BackEndProcess::new(program, reaper), socket, &window).unwrap();
         tokio::select! {
             ready = supervisor.ready() => assert!(ready.is_err()),
             ended = reaper_task.run() => panic!("reaper ended: {ended:?}"),
