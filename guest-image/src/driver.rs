@@ -31,18 +31,33 @@ const PROGRAMS: [(&str, &[&str]); 9] = [
 /// Where programs are in a root.
 const PROGRAM_DIRECTORIES: [&str; 4] = ["usr/bin", "usr/sbin", "bin", "sbin"];
 
+/// What the driver VM of some tests has beyond what all have.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct DriverExtras<'a> {
+    /// Static programs, which go to `/usr/bin` under their file names.
+    pub own: &'a [PathBuf],
+    /// Programs of packages, by root and name; each is in `/usr/bin`, at least as a link.
+    pub programs: &'a [(PathBuf, &'a str)],
+    /// Kernel modules; what they depend on comes along.
+    pub modules: &'a [&'a str],
+}
+
 /// Builds a driver VM's initramfs as the file `out`.
 ///
 /// `init_script` becomes `/init`; it starts with `#!/bin/sh`. It finds all of busybox, of e2fsprogs
 /// (`mkfs.ext4`, `e2fsck`, `debugfs`), of util-linux (`blkdiscard`, `blockdev`, `lsblk`, `findmnt`) and
 /// `fio` in its `PATH`, which has to be `/usr/bin:/bin`, and modules in `/lib/modules`, listed in load
-/// order in `/etc/modules.list`. The static programs `own` are added to `/usr/bin` under their file names. Nothing is
-/// mounted yet. Where busybox has a command, too, its shell
+/// order in `/etc/modules.list`; and the `extras`. Nothing is mounted yet. Where busybox has a command, too, its shell
 /// prefers its own: call `/usr/bin/blkdiscard` by its path to have all of its options.
 ///
 /// # Errors
 /// Any [`ImageError`] but those of building programs.
-pub fn build_driver_image(setup: &Setup, init_script: &str, own: &[PathBuf], out: &Path) -> Result<(), ImageError> {
+pub fn build_driver_image(
+    setup: &Setup,
+    init_script: &str,
+    extras: &DriverExtras<'_>,
+    out: &Path,
+) -> Result<(), ImageError> {
     let mut image = Initramfs::new();
     image.add_file("init", 0o755, init_script.as_bytes().to_vec())?;
     image.add_node("dev/console", 0o600, DeviceKind::Character, 5, 1)?;
@@ -51,13 +66,12 @@ pub fn build_driver_image(setup: &Setup, init_script: &str, own: &[PathBuf], out
     }
     let root = &setup.driver_root;
     for (program, names) in PROGRAMS {
-        let path = place_of(root, program)?;
-        add_program(&mut image, root, &path)?;
-        for name in [program].iter().chain(names).map(|name| format!("usr/bin/{name}")).filter(|name| *name != path) {
-            image.add_symlink(&name, &format!("/{path}"))?;
-        }
+        add_to_usr_bin(&mut image, root, program, names)?;
     }
-    for file in own {
+    for (root, program) in extras.programs {
+        add_to_usr_bin(&mut image, root, program, &[])?;
+    }
+    for file in extras.own {
         let name = file.file_name().unwrap_or_default().to_string_lossy();
         image.add_file(&format!("usr/bin/{name}"), 0o755, fs::read(file).map_err(at(file))?)?;
     }
@@ -65,8 +79,19 @@ pub fn build_driver_image(setup: &Setup, init_script: &str, own: &[PathBuf], out
         image.add_file("etc/mke2fs.conf", 0o644, fs::read(&file).map_err(at(file))?)?;
     }
     add_busybox(&mut image, root)?;
-    ModuleTree::open(&setup.modules)?.add_to(&mut image, "etc/modules.list", &MODULES)?;
+    let modules = [&MODULES, extras.modules].concat();
+    ModuleTree::open(&setup.modules)?.add_to(&mut image, "etc/modules.list", &modules)?;
     write_whole(out, &image.finish()?)
+}
+
+/// Adds a program of a root, and links from `/usr/bin` for its name and further ones.
+fn add_to_usr_bin(image: &mut Initramfs, root: &Path, program: &str, names: &[&str]) -> Result<(), ImageError> {
+    let path = place_of(root, program)?;
+    add_program(image, root, &path)?;
+    for name in [program].iter().chain(names).map(|name| format!("usr/bin/{name}")).filter(|name| *name != path) {
+        image.add_symlink(&name, &format!("/{path}"))?;
+    }
+    Ok(())
 }
 
 /// Adds busybox as `/bin/busybox`, and its applets as links where no program of a package has the name.

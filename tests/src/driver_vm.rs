@@ -1,4 +1,4 @@
-//! The driver VM: stock QEMU, stock kernel, `vhost-user-blk-pci`, and a shell that the test talks to.
+//! The driver VM: stock QEMU, stock kernel, vhost-user devices, and a shell that the test talks to.
 //!
 //! Three sockets lead into the machine, all made before QEMU starts, so that nothing is lost: the console (first serial
 //! port), the shell (second serial port) and QMP. Two threads turn console and shell into one queue of events, on which
@@ -23,9 +23,11 @@ use serde_json::json;
 use crate::process::{Process, Watched};
 use crate::qmp::Qmp;
 
+mod devices;
 mod migration;
 mod plan;
 
+pub use devices::{Network, SharedFolder};
 pub use migration::Migration;
 pub use plan::{DISK_PORT, Disk, DriverVmPlan, Incoming, MEMORY_PORT, PLUGGED_MEMORY_NODE, kvm_is_usable};
 

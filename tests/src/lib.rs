@@ -6,7 +6,7 @@
 //!
 //! Where to look:
 //! - [`testbed`]: one test's place: its folder of logs, its sockets, its turn on the machine.
-//! - [`driver_vm`]: boots a driver VM and runs shell commands in it.
+//! - [`driver_vm`]: boots a driver VM and runs shell commands in it; [`driver_image`]: what it boots.
 //! - [`backend`]: what serves the disk: `vvu`, or for comparison a back-end directly on the host.
 //! - [`vvu_run`]: one `vvu run` and all of its processes.
 //! - [`witness`]: a load in the driver VM that knows what the disk must hold.
@@ -20,6 +20,7 @@ pub mod backend;
 pub mod bench;
 pub mod counters;
 pub mod demo;
+pub mod driver_image;
 pub mod driver_vm;
 pub mod evidence;
 pub mod files;

@@ -4,21 +4,18 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::time::Instant;
 use std::{env, io};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use tempfile::TempDir;
 use vvu_setup::Setup;
 
+use crate::driver_image::DriverImage;
 use crate::process::last_lines;
 
 /// Lines of each log that a failing test prints.
 const PRINTED_LINES: usize = 40;
-
-/// What PID 1 of every driver VM runs.
-const DRIVER_INIT: &str = include_str!("driver_init.sh");
 
 /// The place of one test, demo or bench run. While it lives, no other one starts machines on this checkout.
 #[derive(Debug)]
@@ -26,7 +23,6 @@ pub struct Testbed {
     folder: PathBuf,
     sockets: TempDir,
     setup: Setup,
-    driver_image: PathBuf,
     /// Holds the lock; machines of two tests at a time would make both slow and neither's times comparable.
     _turn: File,
 }
@@ -52,8 +48,7 @@ impl Testbed {
         // A socket's path has at most 107 bytes; the folder of logs may be deeper than that.
         let sockets =
             tempfile::Builder::new().prefix("vvu-").tempdir().context("cannot make a directory of sockets")?;
-        let driver_image = driver_image(&setup, &root)?;
-        Ok(Self { folder, sockets, setup, driver_image, _turn: turn })
+        Ok(Self { folder, sockets, setup, _turn: turn })
     }
 
     /// Where logs and images go.
@@ -85,9 +80,12 @@ impl Testbed {
         &self.setup
     }
 
-    /// The driver VM's initramfs.
-    pub fn driver_image(&self) -> &Path {
-        &self.driver_image
+    /// A driver VM's initramfs, which is built when it is first asked for.
+    ///
+    /// # Errors
+    /// If a program is missing or cannot be fetched.
+    pub fn driver_image(&self, kind: DriverImage) -> Result<PathBuf> {
+        kind.built(&self.setup, &target_dir()?.join("machine-tests"))
     }
 
     /// Prints the last lines of every log in the folder.
@@ -166,20 +164,4 @@ pub fn workspace_program(name: &str, variable: &str) -> Result<PathBuf> {
         .into_iter()
         .find(|path| path.is_file())
         .with_context(|| format!("{name} is not built: run `cargo build -p {name}` or set {variable}"))
-}
-
-/// Builds the driver VM's image once per process: it depends on nothing but the set-up, the script and the witness.
-fn driver_image(setup: &Setup, root: &Path) -> Result<PathBuf> {
-    static BUILT: Mutex<Option<PathBuf>> = Mutex::new(None);
-    let mut built = BUILT.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    if let Some(path) = built.as_ref() {
-        return Ok(path.clone());
-    }
-    let path = root.join("driver.initrd");
-    let witness = vvu_guest_image::static_program(&target_dir()?, "vvu-witness");
-    ensure!(witness.is_file(), "the driver VM's own program is not built: run `cargo xtask image`");
-    vvu_guest_image::build_driver_image(setup, DRIVER_INIT, &[witness], &path)
-        .context("cannot build the driver VM's image")?;
-    *built = Some(path.clone());
-    Ok(path)
 }

@@ -9,7 +9,9 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use vvu_witness::ledger::LEDGER_LEN;
 
+use super::devices::{Network, SharedFolder};
 use super::{BOOT_PATIENCE, DriverVm};
+use crate::driver_image::DriverImage;
 use crate::process::{Process, Watched};
 use crate::testbed::Testbed;
 
@@ -21,7 +23,7 @@ const CPU_OF_OLDER_QEMU: &str = "max,cx16=off";
 const KERNEL_COMMAND_LINE: &str = "console=ttyS0 loglevel=4 panic=0 no_timer_check sysrq_always_enabled";
 
 /// How long QEMU waits before it tries again to reach a back-end that it has lost.
-const RECONNECT_MS: u32 = 100;
+pub(super) const RECONNECT_MS: u32 = 100;
 
 /// One vhost-user disk of the driver VM.
 #[derive(Debug, Clone)]
@@ -108,6 +110,8 @@ pub struct DriverVmPlan<'a> {
     qemu: PathBuf,
     cpu: &'static str,
     disks: Vec<Disk>,
+    networks: Vec<Network>,
+    shared_folders: Vec<SharedFolder>,
     cpus: u16,
     memory: Memory,
     boot: Boot,
@@ -139,7 +143,7 @@ enum Memory {
 }
 
 impl<'a> DriverVmPlan<'a> {
-    /// A machine with one CPU, 384 MiB of memory and no disk under the newer QEMU; `name` is for logs.
+    /// A machine with one CPU, 384 MiB of memory and no device under the newer QEMU; `name` is for logs.
     pub fn new(testbed: &'a Testbed, name: &str) -> Self {
         Self {
             testbed,
@@ -147,6 +151,8 @@ impl<'a> DriverVmPlan<'a> {
             qemu: testbed.setup().qemu.clone(),
             cpu: "max",
             disks: Vec::new(),
+            networks: Vec::new(),
+            shared_folders: Vec::new(),
             cpus: 1,
             memory: Memory::OneFile { all: 384, below_4g: None },
             boot: Boot::Kernel,
@@ -181,6 +187,20 @@ impl<'a> DriverVmPlan<'a> {
     #[must_use]
     pub fn disk(mut self, disk: Disk) -> Self {
         self.disks.push(disk);
+        self
+    }
+
+    /// Adds a network card; the first one is `eth0`.
+    #[must_use]
+    pub fn network(mut self, network: Network) -> Self {
+        self.networks.push(network);
+        self
+    }
+
+    /// Adds a file system.
+    #[must_use]
+    pub fn shared_folder(mut self, shared_folder: SharedFolder) -> Self {
+        self.shared_folders.push(shared_folder);
         self
     }
 
@@ -258,7 +278,7 @@ impl<'a> DriverVmPlan<'a> {
         let (shell_path, shell) = listen("shell")?;
         let (qmp_path, qmp) = listen("qmp")?;
         let folder = self.testbed.folder().to_owned();
-        let mut arguments = self.arguments([&console_path, &shell_path, &qmp_path]);
+        let mut arguments = self.arguments([&console_path, &shell_path, &qmp_path])?;
         arguments.extend(more.iter().map(OsString::from));
         let qemu = Process::start(&format!("{}-qemu", self.name), &self.qemu, arguments, &folder)?;
 
@@ -268,7 +288,7 @@ impl<'a> DriverVmPlan<'a> {
     }
 
     /// QEMU's command line; the sockets are console, shell and QMP.
-    fn arguments(&self, sockets: [&PathBuf; 3]) -> Vec<OsString> {
+    fn arguments(&self, sockets: [&PathBuf; 3]) -> Result<Vec<OsString>> {
         let mut line = CommandLine::default();
         line.option("-name", format!("vvu-test-{}", self.name));
         line.option("-nodefaults", "-no-user-config").option("-display", "none").option("-vga", "none");
@@ -285,10 +305,11 @@ impl<'a> DriverVmPlan<'a> {
             let iommu = if self.iommu { " intel_iommu=on iommu.strict=1" } else { "" };
             // Memory that only holds what can move can be pulled out again.
             let movable = if self.hot_plug { " memhp_default_state=online_movable" } else { "" };
-            line.option("-kernel", &self.testbed.setup().kernel).option("-initrd", self.testbed.driver_image());
+            let image = if self.networks.is_empty() { DriverImage::Disk } else { DriverImage::Network };
+            line.option("-kernel", &self.testbed.setup().kernel).option("-initrd", self.testbed.driver_image(image)?);
             line.option("-append", format!("{KERNEL_COMMAND_LINE}{iommu}{movable}"));
         }
-        line.0
+        Ok(line.0)
     }
 
     fn machine_properties(&self) -> &'static str {
@@ -305,6 +326,12 @@ impl<'a> DriverVmPlan<'a> {
             let chardev = format!("disk{index}");
             line.option("-chardev", disk.chardev(&chardev));
             line.option("-device", disk.device(&chardev) + bootindex);
+        }
+        for (index, network) in self.networks.iter().enumerate() {
+            network.push_options(&format!("net{index}"), line);
+        }
+        for (index, shared_folder) in self.shared_folders.iter().enumerate() {
+            shared_folder.push_options(&format!("fs{index}"), line);
         }
         if let Some(ledger) = &self.ledger {
             let file = format!("mem-path={},size={LEDGER_LEN},share=on", ledger.display());
@@ -357,10 +384,10 @@ impl Memory {
 
 /// QEMU's options, one after the other.
 #[derive(Default)]
-struct CommandLine(Vec<OsString>);
+pub(super) struct CommandLine(Vec<OsString>);
 
 impl CommandLine {
-    fn option(&mut self, name: &str, value: impl Into<OsString>) -> &mut Self {
+    pub(super) fn option(&mut self, name: &str, value: impl Into<OsString>) -> &mut Self {
         self.0.extend([name.into(), value.into()]);
         self
     }

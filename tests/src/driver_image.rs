@@ -1,0 +1,64 @@
+//! Initramfs of driver VMs: one for each kind of device that tests look at, since what is not in it need not be loaded.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use anyhow::{Context, Result, ensure};
+use vvu_guest_image::{DriverExtras, build_driver_image, static_program};
+use vvu_setup::{Extra, Setup};
+
+use crate::testbed::target_dir;
+
+/// What PID 1 of every driver VM runs.
+const DRIVER_INIT: &str = include_str!("driver_init.sh");
+
+/// What a driver VM boots.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum DriverImage {
+    /// What all have, and the witness: enough for disks and file systems.
+    Disk,
+    /// Also `iperf3`, `ethtool` and the drivers of network cards and VLANs.
+    Network,
+}
+
+impl DriverImage {
+    /// The image, which is built once per process: it depends on nothing but the set-up, the script and the programs.
+    pub(crate) fn built(self, setup: &Setup, folder: &Path) -> Result<PathBuf> {
+        static BUILT: Mutex<BTreeMap<DriverImage, PathBuf>> = Mutex::new(BTreeMap::new());
+        let mut built = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(path) = built.get(&self) {
+            return Ok(path.clone());
+        }
+        let path = folder.join(self.file_name());
+        self.build(setup, &path).with_context(|| format!("cannot build the driver VM's image {}", path.display()))?;
+        built.insert(self, path.clone());
+        Ok(path)
+    }
+
+    const fn file_name(self) -> &'static str {
+        match self {
+            Self::Disk => "driver.initrd",
+            Self::Network => "driver-network.initrd",
+        }
+    }
+
+    fn build(self, setup: &Setup, out: &Path) -> Result<()> {
+        match self {
+            Self::Disk => {
+                let witness = static_program(&target_dir()?, "vvu-witness");
+                ensure!(witness.is_file(), "the driver VM's own program is not built: run `cargo xtask image`");
+                let extras = DriverExtras { own: &[witness], ..DriverExtras::default() };
+                build_driver_image(setup, DRIVER_INIT, &extras, out)?;
+            }
+            Self::Network => {
+                let root = Extra::Network.root()?;
+                let programs = [(root.clone(), "iperf3"), (root, "ethtool")];
+                let modules = ["virtio_net", "8021q"];
+                let extras = DriverExtras { programs: &programs, modules: &modules, ..DriverExtras::default() };
+                build_driver_image(setup, DRIVER_INIT, &extras, out)?;
+            }
+        }
+        Ok(())
+    }
+}
