@@ -3,12 +3,13 @@
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use vvu_back_end::listener::Endpoint;
 use vvu_back_end::rate_limit::Limits;
 
-use crate::daemon::{MAX_QUEUES, Options};
+use crate::daemon::{BackingFile, MAX_QUEUES, Options};
 use crate::device::SERIAL_LEN;
+use crate::image::Format;
 
 /// What `--print-capabilities` prints: the device type, and the options of the conventions that the program has.
 pub const CAPABILITIES: &str = r#"{"type": "block", "features": ["read-only", "blk-file"]}"#;
@@ -28,9 +29,18 @@ pub struct Cli {
     #[arg(long, value_name = "N")]
     fd: Option<RawFd>,
 
-    /// Raw image file or block device to serve.
+    /// Image file or block device to serve.
     #[arg(long, visible_alias = "blk-file", value_name = "PATH", required_unless_present = "print_capabilities")]
     image: Option<PathBuf>,
+
+    /// Format of the image. It is never guessed.
+    #[arg(long, value_enum, default_value_t = Format::Raw)]
+    format: Format,
+
+    /// Backing file of the image, as raw:PATH or qcow2:PATH; given again, the backing file of that, and so on. Only these
+    /// are opened, whatever the image says, and never written to.
+    #[arg(long, value_name = "FORMAT:PATH", value_parser = parse_backing)]
+    backing: Vec<BackingFile>,
 
     /// Open the image read-only and refuse every write.
     #[arg(long)]
@@ -78,9 +88,17 @@ impl Cli {
             (None, None) => return Err("no socket to serve: give --socket-path PATH or --fd N"),
         };
         let image = self.image.ok_or("no image to serve: give --image PATH")?;
+        if self.format == Format::Raw && !self.backing.is_empty() {
+            return Err("a raw image has no backing file: leave --backing out, or give --format qcow2");
+        }
+        if self.format != Format::Raw && self.io_alignment.is_some() {
+            return Err("--io-alignment is for raw images: leave it out");
+        }
         Ok(Options {
             endpoint,
             image,
+            format: self.format,
+            backing: self.backing,
             read_only: self.read_only,
             queues: self.queues,
             serial: self.serial,
@@ -97,6 +115,16 @@ fn parse_serial(text: &str) -> Result<String, String> {
         return Err(format!("expected 1 to {SERIAL_LEN} printable ASCII characters"));
     }
     Ok(text.to_owned())
+}
+
+fn parse_backing(text: &str) -> Result<BackingFile, String> {
+    let expected = "expected raw:PATH or qcow2:PATH";
+    let (format, path) = text.split_once(':').ok_or(expected)?;
+    let format = Format::from_str(format, false).map_err(|_unknown| expected)?;
+    if path.is_empty() {
+        return Err(expected.to_owned());
+    }
+    Ok(BackingFile { format, path: path.into() })
 }
 
 fn parse_alignment(text: &str) -> Result<u32, String> {
@@ -121,6 +149,9 @@ mod tests {
         assert_eq!(by_path.endpoint, Endpoint::Path("/run/s".into()));
         assert_eq!(by_path.image, PathBuf::from("/dev/vda"));
         assert!(by_path.read_only);
+        let layered = options("vvu-blk --fd=3 --image a --format=qcow2 --backing qcow2:b:c --backing raw:d").unwrap();
+        let backing = |format, path: &str| BackingFile { format, path: path.into() };
+        assert_eq!(layered.backing, [backing(Format::Qcow2, "b:c"), backing(Format::Raw, "d")]);
         assert_eq!(options("vvu-blk --fd=3 --image a").unwrap().endpoint, Endpoint::Descriptor(3));
         assert!(Cli::try_parse_from(["vvu-blk", "--print-capabilities"]).unwrap().print_capabilities);
         serde_json::from_str::<serde_json::Value>(CAPABILITIES).unwrap();
@@ -136,6 +167,10 @@ mod tests {
             ("vvu-blk --socket-path s --image a --queues 65", "--queues"),
             ("vvu-blk --socket-path s --image a --serial 123456789012345678901", "1 to 20"),
             ("vvu-blk --socket-path s --image a --io-alignment 1000", "power of two"),
+            ("vvu-blk --socket-path s --image a --backing raw:b", "--format qcow2"),
+            ("vvu-blk --socket-path s --image a --format qcow2 --backing b", "raw:PATH"),
+            ("vvu-blk --socket-path s --image a --format qcow2 --backing qed:b", "raw:PATH"),
+            ("vvu-blk --socket-path s --image a --format qcow2 --io-alignment 512", "raw images"),
         ] {
             let message = options(line).unwrap_err();
             assert!(message.contains(expected), "{line}: {message}");

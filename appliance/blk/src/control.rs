@@ -43,7 +43,7 @@ fn carry_out(device: &Device, request: &Request, now: Instant) -> Result<Report,
         device.rate_limit.set(set_limits.limits(), now);
         tracing::info!(limits = ?set_limits.limits(), "limits are changed");
     }
-    let shape = device.image.shape();
+    let shape = device.shape();
     Ok(Report {
         limits: device.rate_limit.limits(),
         capacity_sectors: shape.capacity_sectors,

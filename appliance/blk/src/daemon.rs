@@ -16,9 +16,11 @@ use vvu_back_end::wakeup::Wakeup;
 use vvu_back_end::{Connection, Ending, SessionError, lost_memory};
 
 use crate::control;
-use crate::device::{Device, SERIAL_LEN};
+use crate::device::Device;
 use crate::engine::Engine;
-use crate::image::{Image, ImageError};
+use crate::image::{Format, Image, ImageError};
+use crate::qcow2::disk::{Layer, LayerError, Qcow2Disk};
+use crate::qcow2::pool::Pool;
 use crate::size_events::SizeEvents;
 
 /// Most queues of a device; each has a thread.
@@ -29,8 +31,12 @@ pub const MAX_QUEUES: u16 = 64;
 pub struct Options {
     /// Where front-ends connect.
     pub endpoint: Endpoint,
-    /// Raw file or block device.
+    /// File or block device with the image.
     pub image: PathBuf,
+    /// Its format.
+    pub format: Format,
+    /// The backing file of the image, that of the backing file, and so on.
+    pub backing: Vec<BackingFile>,
     /// Open the image read-only and refuse every change.
     pub read_only: bool,
     /// Number of request queues, 1 to [`MAX_QUEUES`].
@@ -45,12 +51,24 @@ pub struct Options {
     pub control: Option<PathBuf>,
 }
 
+/// A file that the image builds on; it is never written to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BackingFile {
+    /// Its format.
+    pub format: Format,
+    /// File or block device.
+    pub path: PathBuf,
+}
+
 /// Why the program cannot go on.
 #[derive(Debug, thiserror::Error)]
 pub enum DaemonError {
     /// The image is the reason.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// The files of the disk do not fit together.
+    #[error(transparent)]
+    Layers(#[from] LayerError),
     /// The socket is the reason.
     #[error(transparent)]
     Listener(#[from] ListenerError),
@@ -72,9 +90,10 @@ pub fn run(options: &Options) -> Result<(), DaemonError> {
     let mut front_ends = FrontEnds::new(&options.endpoint)?;
     let signals = Signals::take_over()?;
     lost_memory::install()?;
-    let image = Image::open(&options.image, options.read_only, options.io_alignment)?;
+    let image = Arc::new(Image::open(&options.image, options.read_only, options.io_alignment)?);
     let wishes = Wishes::new(signals, &image);
-    let device = Arc::new(Device::new(image, serial_bytes(&options.serial), options.queues, options.limits));
+    let formatted = open_formatted(&image, options)?;
+    let device = Arc::new(Device::new(image, formatted, options));
     // What has changed before there was somebody to see it.
     look_again(&device);
     Engine::probe(&device.image).map_err(|error| DaemonError::Engine(error.into()))?;
@@ -100,12 +119,17 @@ pub fn run(options: &Options) -> Result<(), DaemonError> {
     Ok(())
 }
 
-fn serial_bytes(serial: &str) -> [u8; SERIAL_LEN] {
-    let mut bytes = [0; SERIAL_LEN];
-    for (to, from) in bytes.iter_mut().zip(serial.bytes()) {
-        *to = from;
+/// The disk that the image is, if it is not one byte for byte.
+fn open_formatted(image: &Arc<Image>, options: &Options) -> Result<Option<Pool>, DaemonError> {
+    if options.format == Format::Raw {
+        return Ok(None);
     }
-    bytes
+    let mut layers = vec![Layer { format: options.format, image: Arc::clone(image) }];
+    for backing in &options.backing {
+        let image = Arc::new(Image::open(&backing.path, true, None)?);
+        layers.push(Layer { format: backing.format, image });
+    }
+    Ok(Some(Pool::new(Qcow2Disk::new(layers, options.read_only)?)?))
 }
 
 /// Serves one front-end until it leaves. True if the program is to end.
@@ -154,8 +178,12 @@ fn serve_front_end(
     Ok(end)
 }
 
-/// Looks whether the image has another size now. True if the driver has to be told.
+/// Looks whether the image has another size now. True if the driver has to be told. The size of a disk in a format is
+/// that of its start.
 fn look_again(device: &Device) -> bool {
+    if device.formatted.is_some() {
+        return false;
+    }
     device.image.look_again().unwrap_or_else(|error| {
         tracing::warn!(error = vvu_back_end::in_one_line(&error), "image cannot be looked at again");
         false

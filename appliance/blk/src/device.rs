@@ -6,13 +6,15 @@ use std::time::Instant;
 
 use virtio_bindings::bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 use vvu_back_end::log_limit::LogLimit;
-use vvu_back_end::rate_limit::{Limits, RateLimit};
+use vvu_back_end::rate_limit::RateLimit;
 use vvu_back_end::{ConfigWriter, DeviceError, Service, lost_memory};
 use vvu_protocol::features::{Features, ProtocolFeatures};
 
-use crate::config_space::{self, WRITEBACK_OFFSET, feature, offered_features};
+use crate::config_space::{self, DiskShape, WRITEBACK_OFFSET, feature, offered_features};
 use crate::counters::DeviceCounters;
+use crate::daemon::Options;
 use crate::image::Image;
+use crate::qcow2::pool::Pool;
 use crate::request::DiskRules;
 use crate::worker;
 
@@ -25,7 +27,10 @@ pub(crate) const MAX_QUEUE_SIZE: u16 = 1024;
 /// A disk, its options and its counters. Lives as long as the process; connections come and go.
 #[derive(Debug)]
 pub(crate) struct Device {
+    /// The image; of a disk in a format, the file on top.
     pub(crate) image: Arc<Image>,
+    /// None if the image is the disk, byte for byte.
+    pub(crate) formatted: Option<Pool>,
     pub(crate) serial: [u8; SERIAL_LEN],
     pub(crate) queues: u16,
     /// For all queues together.
@@ -42,12 +47,14 @@ pub(crate) struct Device {
 }
 
 impl Device {
-    pub(crate) fn new(image: Image, serial: [u8; SERIAL_LEN], queues: u16, limits: Limits) -> Self {
+    pub(crate) fn new(image: Arc<Image>, formatted: Option<Pool>, options: &Options) -> Self {
+        let queues = options.queues;
         Self {
-            image: Arc::new(image),
-            serial,
+            image,
+            formatted,
+            serial: serial_bytes(&options.serial),
             queues,
-            rate_limit: RateLimit::new(limits, Instant::now()),
+            rate_limit: RateLimit::new(options.limits, Instant::now()),
             counters: DeviceCounters::new(queues),
             peer_log: LogLimit::default(),
             storage_log: LogLimit::default(),
@@ -61,9 +68,14 @@ impl Device {
         self.former_losses.store(lost_memory::losses(), Ordering::Relaxed);
     }
 
+    /// Losses of memory before this connection.
+    pub(crate) fn former_losses(&self) -> u64 {
+        self.former_losses.load(Ordering::Relaxed)
+    }
+
     /// Driver memory was lost in this connection: what was read of it since is not to be trusted.
     pub(crate) fn lost_memory(&self) -> bool {
-        lost_memory::losses() != self.former_losses.load(Ordering::Relaxed)
+        lost_memory::losses() != self.former_losses()
     }
 
     pub(crate) fn writeback(&self) -> bool {
@@ -80,10 +92,23 @@ impl Device {
         }
     }
 
+    /// With the capacity of this moment.
+    pub(crate) fn shape(&self) -> DiskShape {
+        self.formatted.as_ref().map_or_else(|| self.image.shape(), |pool| pool.disk().shape())
+    }
+
     pub(crate) fn rules(&self, features: u64) -> DiskRules {
-        let shape = self.image.shape();
+        let shape = self.shape();
         DiskRules { capacity_sectors: shape.capacity_sectors, read_only: shape.read_only, features }
     }
+}
+
+fn serial_bytes(serial: &str) -> [u8; SERIAL_LEN] {
+    let mut bytes = [0; SERIAL_LEN];
+    for (to, from) in bytes.iter_mut().zip(serial.bytes()) {
+        *to = from;
+    }
+    bytes
 }
 
 impl vvu_back_end::Device for Device {
@@ -96,7 +121,7 @@ impl vvu_back_end::Device for Device {
     }
 
     fn features(&self) -> Features {
-        Features::from_bits_retain(offered_features(self.image.shape().read_only))
+        Features::from_bits_retain(offered_features(self.shape().read_only))
     }
 
     fn protocol_features(&self) -> ProtocolFeatures {
@@ -108,7 +133,7 @@ impl vvu_back_end::Device for Device {
     }
 
     fn read_config(&self, offset: u32, len: usize) -> Option<Vec<u8>> {
-        let config = config_space::encode(self.image.shape(), self.queues, self.writeback());
+        let config = config_space::encode(self.shape(), self.queues, self.writeback());
         // Front-ends ask for fields that are newer than ours; those of features not offered read as zero.
         Some(config.into_iter().chain(std::iter::repeat(0)).skip(offset as usize).take(len).collect())
     }

@@ -78,6 +78,15 @@ pub enum ImageError {
     },
 }
 
+/// Format of an image. Nothing is ever guessed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Format {
+    /// The bytes are those of the disk.
+    Raw,
+    /// QEMU's format, version 2 or 3.
+    Qcow2,
+}
+
 /// What direct I/O must be a multiple of, in bytes. Both powers of two.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Alignment {
@@ -162,6 +171,10 @@ impl Image {
             tracing::info!(before, now, path = %self.path.display(), "capacity has changed, in sectors");
         }
         Ok(now != before)
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
     }
 
     pub(crate) fn file(&self) -> &File {

@@ -22,6 +22,8 @@ pub(crate) fn serve(device: &Device, service: &Service<'_>) {
     let Some(counters) = device.counters.queue(usize::from(queue_index)) else { return };
     counters.starts.add(1);
     tracing::debug!(queue_index, size = service.size(), features = ?service.features(), "ring starts");
+    // Until the last of its requests is done.
+    let _in_use = device.formatted.as_ref().map(|pool| pool.disk().enter());
     let slots = service.size().min(MAX_QUEUE_SIZE);
     let executor = match Executor::new(device, counters, slots, service.features().bits(), service.wakeup()) {
         Ok(executor) => executor,
@@ -178,6 +180,7 @@ impl Worker<'_> {
                 }
             }
         }
+        self.executor.complete_jobs()?;
         self.executor.advance_line()?;
         Ok(intake)
     }

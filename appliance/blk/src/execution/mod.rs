@@ -11,6 +11,7 @@
 //! line, so none waits for another that waits.
 
 mod bouncing;
+mod formatted;
 mod ranges;
 mod slot;
 
@@ -32,6 +33,7 @@ use crate::counters::QueueCounters;
 use crate::device::Device;
 use crate::driver_data::copy_to_driver;
 use crate::engine::{Engine, EngineError};
+use crate::qcow2::pool::RingJobs;
 use crate::request::{ByteRange, DiskRules, Plan, Request, RequestKind, Status};
 use crate::transfer::{Direction, MapError};
 use crate::write_gate::Passage;
@@ -59,6 +61,8 @@ pub(crate) struct Executor<'a> {
     buffers: BufferPool,
     finished: Vec<Finished>,
     in_flight: usize,
+    /// For a disk in a format: its requests are carried out there. The engine serves their events then, and no I/O.
+    jobs: Option<RingJobs<'a>>,
 }
 
 impl<'a> Executor<'a> {
@@ -83,6 +87,7 @@ impl<'a> Executor<'a> {
             buffers: BufferPool::new(device.image.alignment()),
             finished: Vec::new(),
             in_flight: 0,
+            jobs: device.formatted.as_ref().map(|pool| pool.connect(wakeup)),
         })
     }
 
@@ -121,9 +126,12 @@ impl<'a> Executor<'a> {
         slot.range = 0;
         slot.done = 0;
         // The image may have grown or shrunk since the last request.
-        self.rules.capacity_sectors = self.device.image.capacity_sectors();
+        self.rules.capacity_sectors = self.device.shape().capacity_sectors;
         let plan = self.rules.plan(&request, total_len(&slot.data));
         self.in_flight += 1;
+        if let (Some(_), Some(operation)) = (&self.jobs, Self::operation(plan)) {
+            return self.submit(head, operation);
+        }
         match plan {
             Plan::Answer(status) => self.finish(head, status),
             Plan::Identify => self.identify(head),

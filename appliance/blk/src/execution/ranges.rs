@@ -9,6 +9,7 @@ use super::slot::Stage;
 use super::{Executor, is_aligned};
 use crate::driver_data::copy_from_driver;
 use crate::engine::EngineError;
+use crate::qcow2::disk::Operation;
 use crate::request::{ByteRange, RequestKind, Status};
 use crate::transfer::Direction;
 use crate::write_gate::Passage;
@@ -16,6 +17,7 @@ use crate::write_gate::Passage;
 impl Executor<'_> {
     pub(super) fn start_ranges(&mut self, head: u16) -> Result<(), EngineError> {
         let rules = self.rules;
+        let formatted = self.jobs.is_some();
         let alignment = self.device.image.alignment().offset;
         let slot = self.slot(head)?;
         let (Some(memory), Some(kind)) = (&slot.memory, slot.kind()) else { return Err(EngineError::Busy { head }) };
@@ -26,6 +28,12 @@ impl Executor<'_> {
         }
         if let Err(status) = rules.parse_ranges(kind, &payload, &mut slot.ranges) {
             return self.finish(head, status);
+        }
+        if formatted {
+            let ranges = std::mem::take(&mut slot.ranges);
+            let operation =
+                if kind == RequestKind::Discard { Operation::Discard(ranges) } else { Operation::WriteZeroes(ranges) };
+            return self.submit(head, operation);
         }
         let whole_blocks = kind == RequestKind::Discard || slot.ranges.iter().all(|range| is_aligned(range, alignment));
         slot.needs.buffer = !whole_blocks;

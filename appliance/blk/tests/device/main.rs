@@ -20,6 +20,7 @@ mod iommu;
 mod lifecycle;
 mod limits;
 mod process;
+mod qcow2;
 mod requests;
 mod resize;
 mod slots;

@@ -86,6 +86,23 @@ impl Program {
         }
     }
 
+    /// True if it listens, false if it has ended.
+    pub(crate) fn listens(&self) -> bool {
+        let deadline = Instant::now() + LIMIT;
+        let mut lines = self.log.lines.lock().unwrap();
+        loop {
+            if lines.0.iter().any(|line| line.contains("listening")) {
+                return true;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            assert!(!left.is_zero(), "neither listens nor ends; log: {:#?}", lines.0);
+            if lines.1 {
+                return false;
+            }
+            lines = self.log.grown.wait_timeout(lines, left).unwrap().0;
+        }
+    }
+
     /// Lines of the log so far that contain `text`.
     pub(crate) fn count_lines(&self, text: &str) -> usize {
         self.log.lines.lock().unwrap().0.iter().filter(|line| line.contains(text)).count()

@@ -1,0 +1,372 @@
+//! A disk of several files, and what can be asked of it.
+
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use imago::file::File;
+use imago::qcow2::Qcow2;
+use imago::raw::Raw;
+use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, StorageOpenOptions};
+use vvu_back_end::Segment;
+
+use super::header::{HEADER_LEN, Header, HeaderError};
+use super::transfer::{self, Moved};
+use crate::DriverMemory;
+use crate::aligned_buffer::AlignedBuffer;
+use crate::config_space::{DiskShape, SECTOR_SIZE};
+use crate::image::{Format, Image};
+use crate::request::ByteRange;
+
+/// Physical block size that is told to the driver.
+const PHYSICAL_BLOCK_SIZE: u32 = 4096;
+
+/// Why a disk cannot be put together of its files.
+#[derive(Debug, thiserror::Error)]
+pub enum LayerError {
+    /// The image is not served.
+    #[error("{path} {source}")]
+    Header {
+        /// The image.
+        path: PathBuf,
+        /// Why.
+        source: HeaderError,
+    },
+    /// The header cannot be read.
+    #[error("cannot read {path}")]
+    Read {
+        /// The image.
+        path: PathBuf,
+        /// Cause.
+        source: io::Error,
+    },
+    /// The image needs more than was given.
+    #[error("{path} has a backing file, and none is given for it; name it with --backing FORMAT:PATH")]
+    BackingMissing {
+        /// The image.
+        path: PathBuf,
+    },
+    /// More was given than the image needs.
+    #[error("{path} has no backing file, but {backing} is given as one; leave it out")]
+    BackingTooMuch {
+        /// The image.
+        path: PathBuf,
+        /// The file behind it.
+        backing: PathBuf,
+    },
+    /// No sector.
+    #[error("{path} is a disk of {len} bytes, less than one sector; enlarge it with qemu-img resize")]
+    TooSmall {
+        /// The image.
+        path: PathBuf,
+        /// Virtual size in bytes.
+        len: u64,
+    },
+}
+
+/// One file of a disk.
+#[derive(Debug)]
+pub(crate) struct Layer {
+    pub(crate) format: Format,
+    pub(crate) image: Arc<Image>,
+}
+
+/// See the module's text.
+#[derive(Debug)]
+pub(crate) struct Qcow2Disk {
+    /// The image, its backing file, the backing file of that, and so on.
+    layers: Vec<Layer>,
+    shape: DiskShape,
+    /// Requests share it; what moves data within the image, or frees some, has it alone.
+    state: RwLock<State>,
+    /// The format's driver has failed in a way that it should not: nothing is believed any more.
+    failed: AtomicBool,
+    /// Requests that have changed tables.
+    changes: AtomicU64,
+    /// Those of them, the first ones, whose tables are in the file.
+    written_changes: Mutex<u64>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Rings in service.
+    users: usize,
+    /// None while there are none, and if the image cannot be used.
+    access: Option<FormatAccess<File>>,
+}
+
+/// What is to be done for a request.
+#[derive(Debug)]
+pub(crate) enum Operation {
+    Read(ByteRange),
+    Write(ByteRange),
+    /// Nothing but to make durable what was done before.
+    Flush,
+    Discard(Vec<ByteRange>),
+    WriteZeroes(Vec<ByteRange>),
+}
+
+/// A request.
+#[derive(Debug)]
+pub(crate) struct Job {
+    pub(crate) operation: Operation,
+    pub(crate) memory: Arc<DriverMemory>,
+    pub(crate) data: Vec<Segment>,
+    /// It is durable when it is done.
+    pub(crate) durable: bool,
+    /// Losses of driver memory before the connection.
+    pub(crate) former_losses: u64,
+}
+
+impl Qcow2Disk {
+    /// Puts a disk together; the first layer is a qcow2 image. Looks at the headers, and at nothing else yet.
+    pub(crate) fn new(layers: Vec<Layer>, read_only: bool) -> Result<Self, LayerError> {
+        let mut virtual_size = None;
+        for (index, layer) in layers.iter().enumerate() {
+            let path = || layer.image.path().to_owned();
+            let has_backing = match layer.format {
+                Format::Raw => false,
+                Format::Qcow2 => {
+                    let header = read_header(&layer.image)?;
+                    virtual_size.get_or_insert(header.virtual_size);
+                    header.has_backing
+                }
+            };
+            match (has_backing, layers.get(index + 1)) {
+                (true, None) => return Err(LayerError::BackingMissing { path: path() }),
+                (false, Some(below)) => {
+                    return Err(LayerError::BackingTooMuch { path: path(), backing: below.image.path().to_owned() });
+                }
+                _ => {}
+            }
+        }
+        let len = virtual_size.unwrap_or(0);
+        let capacity_sectors = len / u64::from(SECTOR_SIZE);
+        if capacity_sectors == 0 {
+            let path = layers.first().map(|layer| layer.image.path().to_owned()).unwrap_or_default();
+            return Err(LayerError::TooSmall { path, len });
+        }
+        let shape = DiskShape {
+            capacity_sectors,
+            block_size: SECTOR_SIZE,
+            physical_block_size: PHYSICAL_BLOCK_SIZE,
+            read_only,
+        };
+        tracing::info!(?shape, files = layers.len(), "qcow2 disk");
+        Ok(Self {
+            layers,
+            shape,
+            state: RwLock::default(),
+            failed: AtomicBool::new(false),
+            changes: AtomicU64::new(0),
+            written_changes: Mutex::default(),
+        })
+    }
+
+    pub(crate) fn shape(&self) -> DiskShape {
+        self.shape
+    }
+
+    /// A ring starts: the disk is in use until the guard is dropped. If it cannot be used, its requests fail.
+    pub(crate) fn enter(&self) -> InUse<'_> {
+        let mut state = self.lock();
+        state.users += 1;
+        if state.users == 1 && !self.failed.load(Ordering::Relaxed) {
+            match self.contain(|| self.open()) {
+                Ok(access) => state.access = Some(access),
+                Err(error) => tracing::error!(error = in_one_line(&error), "image cannot be used"),
+            }
+        }
+        InUse { disk: self }
+    }
+
+    fn leave(&self) {
+        let mut state = self.lock();
+        state.users = state.users.saturating_sub(1);
+        if state.users > 0 {
+            return;
+        }
+        let Some(access) = state.access.take() else { return };
+        if self.failed.load(Ordering::Relaxed) {
+            // Whatever it would still write might be wrong.
+            std::mem::forget(access);
+            return;
+        }
+        let closed = self.contain(move || {
+            let flushed = access.flush();
+            drop(access);
+            flushed
+        });
+        if let Err(error) = closed {
+            tracing::error!(error = in_one_line(&error), "image was not closed in order; check it with qemu-img check");
+        }
+    }
+
+    fn open(&self) -> io::Result<FormatAccess<File>> {
+        let mut below: Option<FormatAccess<File>> = None;
+        for (index, layer) in self.layers.iter().enumerate().rev() {
+            let writable = index == 0 && !self.shape.read_only;
+            let options = StorageOpenOptions::new().write(writable).direct(layer.image.direct());
+            let file = File::from_open_file(layer.image.file().try_clone()?, options)?;
+            below = Some(match layer.format {
+                Format::Raw => FormatAccess::new(Raw::open_image(file, false)?),
+                Format::Qcow2 => {
+                    let builder = Qcow2::<File>::builder(file).write(writable);
+                    let builder = match below {
+                        Some(below) => builder.backing(Some(below)),
+                        None => builder,
+                    };
+                    // What the header names is refused there once more, should it not be what was looked at before.
+                    FormatAccess::new(builder.open(DenyImplicitOpenGate::default())?)
+                }
+            });
+        }
+        below.ok_or_else(|| io::Error::other("there is no image"))
+    }
+
+    /// Carries a request out. `buffer` is for what cannot be done in place. What is done then is in the files, tables and all:
+    /// the driver does not notice when this process ends, and would miss it.
+    pub(crate) fn carry_out(&self, job: &Job, buffer: &mut Option<AlignedBuffer>) -> io::Result<Moved> {
+        self.contain(|| {
+            let moved = match &job.operation {
+                Operation::Read(range) => return transfer::read(self.access()?.get()?, job, *range, buffer),
+                Operation::Write(range) => transfer::write(self.access()?.get()?, job, *range, buffer)?,
+                Operation::Flush => Moved::Nothing,
+                Operation::Discard(ranges) => {
+                    ranges.iter().try_for_each(|range| self.alone()?.get()?.discard_to_any(range.offset, range.len))?;
+                    Moved::Nothing
+                }
+                Operation::WriteZeroes(ranges) => {
+                    ranges.iter().try_for_each(|range| self.write_zeroes(*range, buffer))?;
+                    Moved::Nothing
+                }
+            };
+            self.write_tables()?;
+            if job.durable || matches!(job.operation, Operation::Flush) {
+                self.sync()?;
+            }
+            Ok(moved)
+        })
+    }
+
+    fn write_zeroes(&self, range: ByteRange, buffer: &mut Option<AlignedBuffer>) -> io::Result<()> {
+        let zeroed = if range.unmap {
+            self.alone()?.get()?.discard_to_zero(range.offset, range.len)
+        } else {
+            self.access()?.get()?.write_zeroes(range.offset, range.len)
+        };
+        match zeroed {
+            // Version 2 has no notion of zeroes.
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => {
+                transfer::write_zeroes(self.access()?.get()?, range, buffer)
+            }
+            zeroed => zeroed,
+        }
+    }
+
+    /// Writes the tables that the caller's request has changed, and with them those of all that were carried out meanwhile.
+    fn write_tables(&self) -> io::Result<()> {
+        let own = self.changes.fetch_add(1, Ordering::AcqRel) + 1;
+        let mut written = self.written_changes.lock().unwrap_or_else(PoisonError::into_inner);
+        if *written >= own {
+            return Ok(());
+        }
+        // Whoever has counted has changed its tables before.
+        let all = self.changes.load(Ordering::Acquire);
+        self.access()?.get()?.flush()?;
+        *written = all;
+        Ok(())
+    }
+
+    /// Makes durable what is in the files.
+    fn sync(&self) -> io::Result<()> {
+        let Some(image) = self.layers.first().map(|layer| &layer.image) else { return Ok(()) };
+        if !image.can_flush() {
+            return Err(io::Error::other("an earlier flush failed and data was lost"));
+        }
+        self.access()?.get()?.sync().inspect_err(|_| image.note_failed_flush())
+    }
+
+    /// Runs what calls the format's driver. If that panics, for an image that is made to have it do so, this disk is done
+    /// with and the process goes on.
+    fn contain<T>(&self, call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|_panic| {
+            self.failed.store(true, Ordering::Relaxed);
+            tracing::error!("the image has led the format's driver into a failure; it is served no more");
+            Err(io::Error::other("the format's driver has failed"))
+        })
+    }
+
+    fn access(&self) -> io::Result<Shared<'_>> {
+        self.check()?;
+        Ok(Shared(self.state.read().unwrap_or_else(PoisonError::into_inner)))
+    }
+
+    fn alone(&self) -> io::Result<Alone<'_>> {
+        self.check()?;
+        Ok(Alone(self.lock()))
+    }
+
+    fn check(&self) -> io::Result<()> {
+        if self.failed.load(Ordering::Relaxed) { Err(io::Error::other("the image has failed before")) } else { Ok(()) }
+    }
+
+    fn lock(&self) -> RwLockWriteGuard<'_, State> {
+        self.state.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A ring works with the disk.
+#[derive(Debug)]
+pub(crate) struct InUse<'a> {
+    disk: &'a Qcow2Disk,
+}
+
+impl Drop for InUse<'_> {
+    fn drop(&mut self) {
+        self.disk.leave();
+    }
+}
+
+/// The disk, beside others.
+struct Shared<'a>(RwLockReadGuard<'a, State>);
+
+impl Shared<'_> {
+    fn get(&self) -> io::Result<&FormatAccess<File>> {
+        self.0.access.as_ref().ok_or_else(unusable)
+    }
+}
+
+/// The disk, alone.
+struct Alone<'a>(RwLockWriteGuard<'a, State>);
+
+impl Alone<'_> {
+    fn get(&mut self) -> io::Result<&mut FormatAccess<File>> {
+        self.0.access.as_mut().ok_or_else(unusable)
+    }
+}
+
+fn unusable() -> io::Error {
+    io::Error::other("the image cannot be used")
+}
+
+fn in_one_line(error: &io::Error) -> String {
+    vvu_back_end::in_one_line(error)
+}
+
+fn read_header(image: &Image) -> Result<Header, LayerError> {
+    let path = || image.path().to_owned();
+    let alignment = image.alignment();
+    let len = HEADER_LEN.next_multiple_of(alignment.offset as usize);
+    let mut buffer = AlignedBuffer::new(len, alignment.memory);
+    let read =
+        image.file().read_at(buffer.bytes_mut(), 0).map_err(|source| LayerError::Read { path: path(), source })?;
+    let mut header = [0; HEADER_LEN];
+    for (to, from) in header.iter_mut().zip(buffer.bytes().iter().take(read)) {
+        *to = *from;
+    }
+    Header::parse(&header).map_err(|source| LayerError::Header { path: path(), source })
+}
