@@ -1,5 +1,8 @@
 //! Device sets that share a back-end process.
 
+use std::cell::Cell;
+use std::rc::Rc;
+
 use vvu_agent::restarts::MAX_RESTARTS;
 use vvu_agent::session::DeviceSetError;
 use vvu_protocol::control::Status;
@@ -49,8 +52,10 @@ fn front_ends_come_and_go_one_by_one() {
 
 #[test]
 fn a_death_is_one_failure_for_all() {
+    let survived = Rc::new(Cell::new(0));
+    let counted = Rc::clone(&survived);
     let ended = play_two(Script::Proper, |stages| {
-        Box::pin(async {
+        Box::pin(async move {
             let mut last = both_connect(stages).await;
             for death in 0..MAX_RESTARTS {
                 stages[death % 2].bridge.send(command(Command::Die));
@@ -58,6 +63,7 @@ fn a_death_is_one_failure_for_all() {
                 let next = both_connect(stages).await;
                 assert_ne!(next, last);
                 last = next;
+                counted.set(death + 1);
             }
             stages[0].bridge.send(command(Command::Die));
             both_lose(stages).await;
@@ -66,6 +72,7 @@ fn a_death_is_one_failure_for_all() {
         })
     });
     assert!(matches!(ended, Some(DeviceSetError::GaveUp(_))), "{ended:?}");
+    assert_eq!(survived.get(), MAX_RESTARTS);
 }
 
 #[test]
