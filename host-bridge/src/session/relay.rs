@@ -36,7 +36,7 @@ pub(super) enum Answer {
 #[derive(Debug, Clone)]
 pub(super) struct UnderWay {
     header: Header,
-    request: Request,
+    pub(super) request: Request,
 }
 
 impl UnderWay {

@@ -6,11 +6,12 @@
 use vvu_protocol::carriage;
 use vvu_protocol::features::{Features, ProtocolFeatures};
 use vvu_protocol::message::{FrontEndReply, FrontEndRequest, VringState};
+use vvu_protocol::window::Area;
 
 use super::SessionError;
 use super::device_state::Step;
-use super::relay::{Answer, Relay, unexpected_answer};
-use crate::appliance::ApplianceError;
+use super::relay::{Answer, Relay, UnderWay, unexpected_answer};
+use crate::appliance::{ApplianceError, file_identity};
 
 impl Relay<'_> {
     pub(super) async fn attach(mut self, attachment: u32) -> Result<(), SessionError> {
@@ -18,6 +19,7 @@ impl Relay<'_> {
         self.session.link.begin(attachment, self.appliance);
         self.appliance.control.commands.connect(attachment).await?;
         let is_fresh = self.session.state.offered().is_none() && self.session.state.offered_protocol().is_none();
+        self.unmap_leftovers().await?;
         self.negotiate().await?;
         let steps = self.session.state.steps();
         let step_count = steps.len();
@@ -29,6 +31,20 @@ impl Relay<'_> {
             tracing::info!(session = self.session.number, attachment, step_count, "the back-end has taken over");
         }
         Ok(())
+    }
+
+    /// The same appliance may still have mapped what a request was about that was under way when the back-end was lost, beside
+    /// what it was to replace: both areas have room for two. Which log is which does not show, for the page that stands for
+    /// the end of one is none of its file: neither stays. The bits are in the page, not in its mapping.
+    async fn unmap_leftovers(&mut self) -> Result<(), SessionError> {
+        let inflight = self.session.state.inflight().map(|(_, file)| file_identity(&file)).transpose()?;
+        let mut kept = self.mapped_in(Area::INFLIGHT);
+        kept.retain(|span| inflight.is_some_and(|(file, _)| file == span.file));
+        self.keep_only(Area::INFLIGHT, &kept).await?;
+        match &self.session.under_way {
+            Some(UnderWay { request: FrontEndRequest::SetLogBase(..), .. }) => self.keep_only(Area::LOG, &[]).await,
+            _ => Ok(()),
+        }
     }
 
     /// Checks that the back-end offers what was negotiated, and negotiates it again.

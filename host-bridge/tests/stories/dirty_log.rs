@@ -174,6 +174,31 @@ async fn bits_in_the_last_page_survive_the_appliance() {
     assert_eq!(byte(&log, 0x1005), 1);
 }
 
+/// The back-end goes while it is told of a new log: the next one is told of the old one, then of the new one, and there is room
+/// for both, even if they are shorter than a page.
+#[tokio::test]
+async fn a_log_that_was_under_way_leaves_room() {
+    for len in [0x80, 0x1100] {
+        let (mut scene, mut front_end) = connected().await;
+        logs(&mut scene, &mut front_end, &memory_file(len), len, 0).await;
+        let new = memory_file(len);
+        front_end.send(set_log(&new, len, 0), false).await;
+        scene.agent.request().await;
+        for _ in 0..2 {
+            scene.back_end_restarts().await;
+            scene.agent.answers_replay_until(SET_LOG_BASE).await;
+            let under_way = scene.agent.request().await;
+            assert!(matches!(under_way, R::SetLogBase(..)), "{under_way:?}");
+        }
+        scene.agent.answer(A::LogBase).await;
+        front_end.reply(SET_LOG_BASE).await;
+        let page = scene.vmm.driver_mappings().last().map(|map| map.region_offset).unwrap();
+        pwrite(scene.vmm.file_at(page), &[1], 5).unwrap();
+        exchange(&mut front_end, &mut scene.agent, R::GetVringBase(STATE), A::VringState(STATE)).await;
+        assert_eq!(byte(&new, len / 0x1000 * 0x1000 + 5), 1);
+    }
+}
+
 /// A log that cannot be served ends the session, since SET_LOG_BASE cannot be refused: before anything is mapped or the agent is
 /// told. (hardening, CVE-2020-10722: offset and size overflow, the map is too short. truncated memfd: a file that may shrink.)
 #[tokio::test]
