@@ -209,7 +209,7 @@ impl BackEnd {
     async fn connection(&self, mut socket: MessageSocket) -> Result<(), Dead> {
         loop {
             let kicks: [Option<Rc<Event>>; QUEUES as usize] =
-                std::array::from_fn(|index| self.state.borrow().vrings[index].kick.clone());
+                std::array::from_fn(|index| self.state.borrow().vrings[index].working_kick());
             let due = self.next_due();
             let stuck = self.stuck.take();
             let message = tokio::select! {

@@ -260,7 +260,7 @@ impl FrontEnd {
         }
         self.settle().await?;
         self.world.session.set("stopped");
-        if self.world.random.percent(30) {
+        if self.world.random.percent(40) {
             self.move_state().await?;
         }
         Ok(())

@@ -180,7 +180,7 @@ impl Supervise for SimulatedSupervisor {
                 Err(NotReady::Ended | NotReady::NoAnswer) => self.end().await,
             }
         }
-        Err(GaveUp)
+        Err(GaveUp { last: "failed".to_owned() })
     }
 
     async fn lost(&mut self) {

@@ -400,6 +400,8 @@ async fn live(
         }
         if world.rests.get() {
             front_end.drain().await?;
+        }
+        if world.rests.get() || world.random.percent(20) {
             front_end.await_config().await?;
         }
         if world.random.percent(15) {

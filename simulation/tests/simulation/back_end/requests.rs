@@ -144,10 +144,7 @@ impl BackEnd {
                 }
                 self.vring(addresses.index, |vring| vring.addresses = Some(addresses));
             }
-            R::SetVringEnable(state) => {
-                self.vring(state.index, |vring| vring.enabled = state.num != 0);
-                self.take_requests(usize::try_from(state.index).unwrap())?;
-            }
+            R::SetVringEnable(state) => self.vring(state.index, |vring| vring.enabled = state.num != 0),
             R::SetVringCall(VringFile { index, descriptor }) => {
                 self.vring(u32::from(index), |vring| vring.call = descriptor.map(Rc::new));
             }

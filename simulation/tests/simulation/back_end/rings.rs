@@ -49,6 +49,12 @@ impl Vring {
         self.started && self.enabled
     }
 
+    /// What says that there are requests. Nobody looks at it while the vring does not work, and nobody looks for requests unless
+    /// it says so.
+    pub(super) fn working_kick(&self) -> Option<Rc<Event>> {
+        self.kick.clone().filter(|_| self.works())
+    }
+
     pub(crate) fn in_flight(&self) -> usize {
         self.in_flight.len()
     }
