@@ -89,7 +89,8 @@ pub fn appliance_initramfs(
     binaries: &ApplianceBinaries,
 ) -> Result<(Initramfs, Vec<String>), ImageError> {
     let mut image = Initramfs::new();
-    for (path, file) in [("init", &binaries.agent), ("bin/vvu-blk", &binaries.blk)] {
+    let programs = [("init", &binaries.agent), ("bin/vvu-blk", &binaries.blk), ("bin/vvu-net", &binaries.net)];
+    for (path, file) in programs {
         image.add_file(path, 0o755, fs::read(file).map_err(at(file))?)?;
     }
     // Before the agent has mounted anything, the kernel opens this for its standard streams.

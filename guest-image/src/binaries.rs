@@ -24,6 +24,8 @@ pub struct ApplianceBinaries {
     pub agent: PathBuf,
     /// The block back-end.
     pub blk: PathBuf,
+    /// The network back-end.
+    pub net: PathBuf,
 }
 
 /// Builds the appliance's programs of a workspace, in `appliance-build` below the given target directory.
@@ -31,8 +33,9 @@ pub struct ApplianceBinaries {
 /// # Errors
 /// [`ImageError::Cargo`] and [`ImageError::Build`]; cargo itself says why on standard error.
 pub fn build_appliance_binaries(workspace: &Path, target: &Path) -> Result<ApplianceBinaries, ImageError> {
-    build_static(workspace, target, &["vvu-agent", "vvu-blk"])?;
-    Ok(ApplianceBinaries { agent: static_program(target, "vvu-agent"), blk: static_program(target, "vvu-blk") })
+    build_static(workspace, target, &["vvu-agent", "vvu-blk", "vvu-net"])?;
+    let [agent, blk, net] = ["vvu-agent", "vvu-blk", "vvu-net"].map(|name| static_program(target, name));
+    Ok(ApplianceBinaries { agent, blk, net })
 }
 
 /// Builds the programs that only the driver VM of the tests has, in the same place: see [`static_program`].

@@ -7,7 +7,7 @@ use std::process::Command;
 use anyhow::{Context, bail};
 
 /// Programs that demo, tests and benchmark start on the host.
-const PROGRAM_PACKAGES: [&str; 3] = ["vvu", "vvu-bridge", "vvu-blk"];
+const PROGRAM_PACKAGES: [&str; 4] = ["vvu", "vvu-bridge", "vvu-blk", "vvu-net"];
 
 /// A profile of the workspace's `Cargo.toml`, for what runs on the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
