@@ -19,6 +19,7 @@ use tokio::time::sleep;
 use tracing::{info, warn};
 use vvu_protocol::dax::NODE_OFFSET;
 
+use crate::in_one_line;
 use crate::node_size;
 use crate::output::log_lines;
 use crate::process_table::{holds, kill_user, of_user};
@@ -61,8 +62,11 @@ pub enum Output {
 
 /// The back-end has failed too often.
 #[derive(Debug, thiserror::Error)]
-#[error("back-end has failed more than {MAX_RESTARTS} times within {} s, it is given up", PERIOD.as_secs())]
-pub struct GaveUp;
+#[error("back-end has failed more than {MAX_RESTARTS} times within {} s and is given up: the last time it {last}", PERIOD.as_secs())]
+pub struct GaveUp {
+    /// What it did the last time, as in "died: exit code 1".
+    pub last: String,
+}
 
 /// Why there is no process.
 #[derive(Debug, thiserror::Error)]
@@ -85,7 +89,8 @@ struct Shared {
     reaper: Reaper,
     run: RefCell<Option<Rc<Run>>>,
     restarts: RefCell<RestartLimit>,
-    given_up: Cell<bool>,
+    /// Why it is given up, if it is.
+    given_up: RefCell<Option<String>>,
 }
 
 /// One process of the program.
@@ -106,7 +111,7 @@ impl BackEndProcess {
             reaper,
             run: RefCell::default(),
             restarts: RefCell::default(),
-            given_up: Cell::new(false),
+            given_up: RefCell::default(),
         };
         Self { shared: Rc::new(shared) }
     }
@@ -118,8 +123,8 @@ impl BackEndProcess {
 
     /// The process that runs; it is started if there is none.
     pub(crate) fn running(&self) -> Result<Rc<Run>, NoProcess> {
-        if self.shared.given_up.get() {
-            return Err(GaveUp.into());
+        if let Some(last) = self.shared.given_up.borrow().clone() {
+            return Err(GaveUp { last }.into());
         }
         let mut run = self.shared.run.borrow_mut();
         if let Some(run) = run.as_ref().filter(|run| !run.child.has_ended()) {
@@ -128,23 +133,24 @@ impl BackEndProcess {
         let next = match self.shared.start() {
             Ok(child) => Run { child, user: self.shared.program.user, judged: Cell::new(false) },
             Err(error) => {
-                self.shared.failed();
-                return Err(NoProcess::Start(error));
+                let error = NoProcess::Start(error);
+                self.shared.failed(in_one_line(&error));
+                return Err(error);
             }
         };
         Ok(Rc::clone(run.insert(Rc::new(next))))
     }
 
-    /// Takes note that a run has failed.
-    pub(crate) fn failed(&self, run: &Run) {
+    /// Takes note that a run has failed, and of what it did.
+    pub(crate) fn failed(&self, run: &Run, what: String) {
         if !run.judged.replace(true) {
-            self.shared.failed();
+            self.shared.failed(what);
         }
     }
 
-    /// Ends a run without asking it, because it does not do what it should.
-    pub(crate) async fn end(&self, run: &Run) {
-        self.failed(run);
+    /// Ends a run without asking it, because of what it did.
+    pub(crate) async fn end(&self, run: &Run, what: String) {
+        self.failed(run, what);
         run.stop().await;
     }
 
@@ -156,9 +162,9 @@ impl BackEndProcess {
 }
 
 impl Shared {
-    fn failed(&self) {
+    fn failed(&self, what: String) {
         if !self.restarts.borrow_mut().may_restart(Instant::now()) {
-            self.given_up.set(true);
+            self.given_up.replace(Some(what));
         }
     }
 

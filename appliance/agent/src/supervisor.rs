@@ -44,6 +44,9 @@ const READY_TIMEOUT: Duration = Duration::from_secs(10);
 /// its end is seen; one that does not die is connected to again, and a driver VM is waiting for that.
 const EXIT_GRACE: Duration = Duration::from_millis(250);
 
+/// What a program did whose connection has ended and that has not.
+const HUNG_UP: &str = "closed its connection and lives on";
+
 /// Why a back-end is not ready.
 #[derive(Debug, thiserror::Error)]
 enum NotReady {
@@ -93,6 +96,7 @@ pub struct Supervisor {
     connected_to: Option<Rc<Run>>,
     /// Connections that the program has closed without dying.
     hang_ups: RestartLimit,
+    /// It has closed too many.
     given_up: bool,
 }
 
@@ -132,7 +136,7 @@ impl Supervisor {
                 Err(not_ready) => self.replace(&run, &not_ready, has_served).await,
             }
         }
-        Err(GaveUp)
+        Err(GaveUp { last: HUNG_UP.to_owned() })
     }
 
     async fn try_ready(&self, run: &Run, has_served: bool) -> Result<BackEndLink, NotReady> {
@@ -173,7 +177,7 @@ impl Supervisor {
             self.process.replace(run).await;
         } else {
             warn!("back-end {name} {reason}");
-            self.process.end(run).await;
+            self.process.end(run, reason).await;
         }
     }
 
@@ -183,10 +187,11 @@ impl Supervisor {
         let Some(run) = self.connected_to.take() else { return };
         let name = self.process.name();
         if let Ok(exit) = timeout(EXIT_GRACE, run.exited()).await {
-            error!("back-end {name} died: {exit}");
-            self.process.failed(&run);
+            let died = format!("died: {exit}");
+            error!("back-end {name} {died}");
+            self.process.failed(&run, died);
         } else {
-            error!("back-end {name} closed its connection and lives on");
+            error!("back-end {name} {HUNG_UP}");
             self.given_up |= !self.hang_ups.may_restart(Instant::now());
         }
     }
@@ -194,7 +199,7 @@ impl Supervisor {
     /// Ends the back-end without asking it, because it does not do what it should.
     pub async fn end(&mut self) {
         if let Some(run) = self.connected_to.take() {
-            self.process.end(&run).await;
+            self.process.end(&run, "did what it should not".to_owned()).await;
         }
     }
 }

@@ -353,7 +353,10 @@ fn a_back_end_that_fails_too_often_is_given_up() {
         let socket = program.sockets[0].clone();
         let mut supervisor = Supervisor::new(BackEndProcess::new(program, reaper), socket, &window).unwrap();
         tokio::select! {
-            ready = supervisor.ready() => assert!(ready.is_err()),
+            ready = supervisor.ready() => {
+                let error = ready.unwrap_err().to_string();
+                assert!(error.ends_with("the last time it ended before it listened: exit code 3"), "{error}");
+            }
             ended = reaper_task.run() => panic!("reaper ended: {ended:?}"),
         }
         assert_eq!(std::fs::read_to_string(log).unwrap().lines().count(), 1 + vvu_agent::restarts::MAX_RESTARTS);
