@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use vvu_back_end::{Chain, Ring, Segment, Service, lost_memory};
+use vvu_back_end::{Chain, Ring, Segment, Service};
 
 use crate::bell::Bell;
-use crate::driver_data::{Cursor, is_whole};
+use crate::driver_data::{Cursor, MemoryWatch};
 use crate::driver_state::MAX_COMMAND_LEN;
 use crate::fault::{Condition, Fault};
 use crate::features;
@@ -24,7 +24,7 @@ struct Worker<'a> {
     ring: Option<Ring>,
     chain: Chain,
     command: Vec<u8>,
-    losses: u64,
+    watch: MemoryWatch,
 }
 
 /// Serves the ring until it is stopped, on the queue's thread.
@@ -37,7 +37,7 @@ pub(crate) fn serve(port: &Port, service: &Service<'_>) {
         ring: None,
         chain: Chain::new(MAX_INDIRECT_CHAIN),
         command: Vec::new(),
-        losses: lost_memory::losses(),
+        watch: MemoryWatch::new(),
     };
     worker.run();
     if let Some(ring) = &worker.ring {
@@ -89,6 +89,7 @@ impl Worker<'_> {
         loop {
             let Some(ring) = &mut self.ring else { return Ok(()) };
             let count = ring.available()?;
+            self.watch.check(ring.view().memory())?;
             for _ in 0..count {
                 self.take_command()?;
             }
@@ -115,12 +116,7 @@ impl Worker<'_> {
         // One byte more than is allowed, to know that there are more.
         self.command.resize(MAX_COMMAND_LEN + 1, 0);
         let len = Cursor::new(&memory, &self.chain.readable).read(&mut self.command)?;
-        if lost_memory::losses() != self.losses {
-            if !is_whole(&memory) {
-                return Err(Fault::MemoryLost);
-            }
-            self.losses = lost_memory::losses();
-        }
+        self.watch.check(&memory)?;
         let command = self.command.get(..len.min(MAX_COMMAND_LEN)).unwrap_or_default();
         self.port.counters.commands.count();
         let done = len <= MAX_COMMAND_LEN && carry_out(self.port, command);

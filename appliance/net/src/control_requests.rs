@@ -69,7 +69,8 @@ pub(crate) struct Report {
 struct PortReport {
     mac: MacAddress,
     link: bool,
-    driver: bool,
+    /// Receive queues in service.
+    receiving: u32,
     filter: PortFilter,
     limits: Limits,
     counters: CounterValues,
@@ -80,7 +81,7 @@ impl Report {
         let ports = switch.ports().iter().map(|port| PortReport {
             mac: port.mac(),
             link: port.link_up(),
-            driver: port.has_driver(),
+            receiving: port.receiving(),
             filter: port.filter().clone(),
             limits: port.limit.limits(),
             counters: port.counters.values(),

@@ -1,11 +1,12 @@
-//! Copies out of and into driver memory, by the segments of chains.
+//! Copies out of and into driver memory, by the segments of chains; and what is done where that memory disappears.
 
 use std::os::unix::fs::MetadataExt;
 
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion, VolatileSlice};
-use vvu_back_end::Segment;
+use vvu_back_end::{Segment, lost_memory};
 
 use crate::DriverMemory;
+use crate::fault::Fault;
 
 /// A place in a list of segments that moves forward.
 #[derive(Debug, Clone, Copy)]
@@ -79,9 +80,39 @@ impl<'a> Cursor<'a> {
     }
 }
 
-/// Whether the files behind the memory still are as long as they were. A front-end that cuts one harms its own device: what
-/// is read of the rest is zeroes.
-pub(crate) fn is_whole(memory: &DriverMemory) -> bool {
+/// Notices that driver memory has disappeared under a ring: its file was cut. What was read since is zeroes.
+///
+/// Losses are counted for the whole process, and most of them are others'.
+#[derive(Debug)]
+pub(crate) struct MemoryWatch {
+    /// Losses that are known not to be of this memory.
+    losses: u64,
+}
+
+impl MemoryWatch {
+    pub(crate) fn new() -> Self {
+        Self { losses: lost_memory::losses() }
+    }
+
+    /// To be called after driver memory was read or written, and before anything is believed.
+    ///
+    /// # Errors
+    /// [`Fault::MemoryLost`].
+    pub(crate) fn check(&mut self, memory: &DriverMemory) -> Result<(), Fault> {
+        let losses = lost_memory::losses();
+        if losses == self.losses {
+            return Ok(());
+        }
+        if !is_whole(memory) {
+            return Err(Fault::MemoryLost);
+        }
+        self.losses = losses;
+        Ok(())
+    }
+}
+
+/// Whether the files behind the memory still are as long as they were.
+fn is_whole(memory: &DriverMemory) -> bool {
     GuestMemoryBackend::iter(memory).all(|region| {
         let Some(place) = region.file_offset() else { return true };
         place.file().metadata().is_ok_and(|file| file.size() >= place.start().saturating_add(region.len()))

@@ -184,9 +184,14 @@ impl Port {
         }
     }
 
+    /// Number of receive queues in service.
+    pub(crate) fn receiving(&self) -> u32 {
+        self.receiving.load(Ordering::Relaxed).count_ones()
+    }
+
     /// Somebody is behind the port.
     pub(crate) fn has_driver(&self) -> bool {
-        self.receiving.load(Ordering::Relaxed) != 0
+        self.receiving() > 0
     }
 
     /// What stands for a queue among those that are signalled.

@@ -12,10 +12,10 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vvu_back_end::wakeup::Wakeup;
-use vvu_back_end::{Chain, Pause, Ring, RingError, RingSignals, Segment, Service, lost_memory, total_len};
+use vvu_back_end::{Chain, Pause, Ring, RingError, RingSignals, Segment, Service, total_len};
 
 use crate::bell::{Bell, Target};
-use crate::driver_data::{Cursor, is_whole};
+use crate::driver_data::{Cursor, MemoryWatch};
 use crate::fault::{Condition, Fault};
 use crate::features;
 use crate::net_header::{self, NetHeader};
@@ -47,8 +47,7 @@ struct Open {
     condition: Condition,
     /// What the front-end has to give, for the queue's thread to ask it for.
     pause: Option<Pause>,
-    /// Losses of memory that were found to be others'.
-    losses: u64,
+    watch: MemoryWatch,
     /// Who waits for more buffers.
     waiters: Vec<Arc<Wakeup>>,
     chain: Chain,
@@ -177,7 +176,7 @@ impl Receiver {
             offloads: Offloads::of_receiver(bits),
             condition: Condition::Working,
             pause: None,
-            losses: lost_memory::losses(),
+            watch: MemoryWatch::new(),
             waiters: Vec::new(),
             chain: Chain::new(MAX_INDIRECT_CHAIN),
             buffers: Vec::new(),
@@ -258,7 +257,9 @@ impl Open {
         let len = self.header_len + parcel.content.len();
         loop {
             let available = self.ring.available()?;
-            if self.collect(len as u64, available)? {
+            let is_enough = self.collect(len as u64, available)?;
+            self.watch.check(self.ring.view().memory())?;
+            if is_enough {
                 break;
             }
             if !self.mergeable && !self.buffers.is_empty() {
@@ -280,12 +281,7 @@ impl Open {
         let header = parcel.header.encode(self.offloads.contains(Offloads::CHECKSUM), count);
         cursor.write(header.get(..self.header_len).unwrap_or(&header))?;
         parcel.content.copy_to_driver(&mut cursor)?;
-        if lost_memory::losses() != self.losses {
-            if !is_whole(&memory) {
-                return Err(Fault::MemoryLost);
-            }
-            self.losses = lost_memory::losses();
-        }
+        self.watch.check(&memory)?;
         self.return_buffers(len as u64)?;
         Ok(Delivery::Done)
     }

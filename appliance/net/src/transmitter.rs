@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use vvu_back_end::{Chain, Ring, RingError, Service, lost_memory, total_len};
+use vvu_back_end::{Chain, Ring, RingError, Service, total_len};
 
-use crate::driver_data::is_whole;
+use crate::driver_data::MemoryWatch;
 use crate::fault::Fault;
 use crate::offloads::Offloads;
 use crate::outbox::Outbox;
@@ -43,7 +43,7 @@ struct Transmitter<'a> {
     chain: Chain,
     header_len: usize,
     offloads: Offloads,
-    losses: u64,
+    watch: MemoryWatch,
     /// Something of the ring or of its next packet had to be waited for.
     pauses: bool,
     front: Box<[u8; FRONT_LEN]>,
@@ -62,7 +62,7 @@ pub(crate) fn serve(switch: &Switch, port: &Port, service: &Service<'_>) {
         chain: Chain::new(MAX_INDIRECT_CHAIN),
         header_len: header_len(bits),
         offloads: Offloads::of_sender(bits),
-        losses: lost_memory::losses(),
+        watch: MemoryWatch::new(),
         pauses: false,
         front: Box::new([0; FRONT_LEN]),
     };
@@ -136,6 +136,7 @@ impl Transmitter<'_> {
         }
         let Some(ring) = &mut self.ring else { return Ok(Intake::Paused) };
         let count = ring.available()?;
+        self.watch.check(ring.view().memory())?;
         for _ in 0..count.min(BATCH) {
             if let Some(until) = self.take_packet()? {
                 return Ok(Intake::Limited(until));
@@ -169,12 +170,7 @@ impl Transmitter<'_> {
         ring.take(head);
         let (segments, offloads) = (&self.chain.readable, self.offloads);
         let packet = Packet::from_driver(&memory, segments, self.header_len, offloads, &mut self.front);
-        if lost_memory::losses() != self.losses {
-            if !is_whole(&memory) {
-                return Err(Fault::MemoryLost);
-            }
-            self.losses = lost_memory::losses();
-        }
+        self.watch.check(&memory)?;
         self.port.counters.tx_packets.count();
         self.port.counters.tx_bytes.add(bytes);
         match packet {
