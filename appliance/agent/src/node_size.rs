@@ -19,7 +19,7 @@ use std::process::Command;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::fstat;
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use tokio::io::Interest;
 
 use syscalls::{Answer, Seek};
@@ -82,7 +82,8 @@ impl AgentHalf {
 /// What is there to be read at this moment. Reading when there is nothing would block the whole agent.
 fn state_of(questions: &OwnedFd) -> io::Result<PollFlags> {
     let mut looked_at = [PollFd::new(questions, PollFlags::IN)];
-    poll(&mut looked_at, Some(&Timespec::default()))?;
+    // It does not wait, but a signal that is pending counts all the same.
+    retry_on_intr(|| poll(&mut looked_at, Some(&Timespec::default())))?;
     let [looked_at] = looked_at;
     Ok(looked_at.revents())
 }

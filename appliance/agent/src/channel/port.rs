@@ -14,6 +14,7 @@ use std::time::Duration;
 use rustix::event::epoll::EventFlags;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags, open};
+use rustix::io::{Errno, retry_on_intr};
 
 use crate::watch::{Changes, look_until};
 
@@ -93,8 +94,8 @@ impl Port {
             return Ok(tasted);
         }
         loop {
-            match rustix::io::read(&self.node, &mut *buffer) {
-                Err(error) if is_empty(error) => self.readable.next().await?,
+            match retry_on_intr(|| rustix::io::read(&self.node, &mut *buffer)) {
+                Err(Errno::AGAIN) => self.readable.next().await?,
                 read => return Ok(read?),
             }
         }
@@ -103,14 +104,14 @@ impl Port {
     /// Writes as much as there is room for, or waits for room; nothing if the client has gone.
     pub(super) async fn write(&self, bytes: &[u8]) -> io::Result<usize> {
         loop {
-            match rustix::io::write(&self.node, bytes) {
-                Err(error) if is_empty(error) => {
+            match retry_on_intr(|| rustix::io::write(&self.node, bytes)) {
+                Err(Errno::AGAIN) => {
                     if self.is_hung_up()? {
                         return Ok(0);
                     }
                     self.writable.next().await?;
                 }
-                Err(rustix::io::Errno::PIPE) => return Ok(0),
+                Err(Errno::PIPE) => return Ok(0),
                 written => return Ok(written?),
             }
         }
@@ -135,9 +136,9 @@ impl Port {
         let mut tasted = self.tasted.borrow_mut();
         if tasted.is_empty() {
             let mut buffer = [0; TASTE_LEN];
-            match rustix::io::read(&self.node, &mut buffer) {
+            match retry_on_intr(|| rustix::io::read(&self.node, &mut buffer)) {
                 Ok(read) => tasted.extend(buffer.iter().take(read)),
-                Err(error) if is_empty(error) => {}
+                Err(Errno::AGAIN) => {}
                 Err(error) => return Err(error.into()),
             }
         }
@@ -155,14 +156,11 @@ impl Port {
 
     fn is_hung_up(&self) -> io::Result<bool> {
         let mut node = [PollFd::new(&self.node, PollFlags::OUT)];
-        poll(&mut node, Some(&Timespec::default()))?;
+        // It does not wait, but a signal that is pending counts all the same.
+        retry_on_intr(|| poll(&mut node, Some(&Timespec::default())))?;
         let [node] = node;
         Ok(node.revents().contains(PollFlags::HUP))
     }
-}
-
-fn is_empty(error: rustix::io::Errno) -> bool {
-    matches!(error, rustix::io::Errno::AGAIN | rustix::io::Errno::INTR)
 }
 
 /// Name of the node of the port with this name. A port gets its name after its node.
