@@ -181,6 +181,11 @@ impl Image {
         &self.file
     }
 
+    /// Length of the file or device at this moment, in bytes.
+    pub(crate) fn file_len(&self) -> io::Result<u64> {
+        length(&self.file)
+    }
+
     /// With the capacity of this moment.
     pub(crate) fn shape(&self) -> DiskShape {
         DiskShape { capacity_sectors: self.capacity_sectors(), ..self.shape }

@@ -206,6 +206,9 @@ impl Qcow2Disk {
     }
 
     fn open(&self) -> io::Result<FormatAccess<File>> {
+        if let Some(layer) = self.layers.first().filter(|_| !self.shape.read_only) {
+            check_refcounts(&layer.image).map_err(io::Error::other)?;
+        }
         let mut below: Option<FormatAccess<File>> = None;
         for (index, layer) in self.layers.iter().enumerate().rev() {
             let writable = index == 0 && !self.shape.read_only;
@@ -231,9 +234,15 @@ impl Qcow2Disk {
     /// the driver does not notice when this process ends, and would miss it.
     pub(crate) fn carry_out(&self, job: &Job, buffer: &mut Option<AlignedBuffer>) -> io::Result<Moved> {
         self.contain(|| {
+            let mut changes_tables = true;
             let moved = match &job.operation {
                 Operation::Read(range) => return transfer::read(self.access()?.get()?, job, *range, buffer),
-                Operation::Write(range) => transfer::write(self.access()?.get()?, job, *range, buffer)?,
+                Operation::Write(range) => {
+                    let guard = self.access()?;
+                    let access = guard.get()?;
+                    changes_tables = !transfer::has_its_place(access, *range)?;
+                    transfer::write(access, job, *range, buffer)?
+                }
                 Operation::Flush => Moved::Nothing,
                 Operation::Discard(ranges) => {
                     ranges.iter().try_for_each(|range| self.alone()?.get()?.discard_to_any(range.offset, range.len))?;
@@ -244,7 +253,9 @@ impl Qcow2Disk {
                     Moved::Nothing
                 }
             };
-            self.write_tables()?;
+            if changes_tables {
+                self.write_tables()?;
+            }
             if job.durable || matches!(job.operation, Operation::Flush) {
                 self.sync()?;
             }
@@ -359,14 +370,54 @@ fn in_one_line(error: &io::Error) -> String {
 
 fn read_header(image: &Image) -> Result<Header, LayerError> {
     let path = || image.path().to_owned();
-    let alignment = image.alignment();
-    let len = HEADER_LEN.next_multiple_of(alignment.offset as usize);
-    let mut buffer = AlignedBuffer::new(len, alignment.memory);
-    let read =
-        image.file().read_at(buffer.bytes_mut(), 0).map_err(|source| LayerError::Read { path: path(), source })?;
-    let mut header = [0; HEADER_LEN];
-    for (to, from) in header.iter_mut().zip(buffer.bytes().iter().take(read)) {
-        *to = *from;
-    }
+    let bytes = read_at(image, 0, HEADER_LEN).map_err(|source| LayerError::Read { path: path(), source })?;
+    let header = bytes.first_chunk().copied().unwrap_or([0; HEADER_LEN]);
     Header::parse(&header).map_err(|source| LayerError::Header { path: path(), source })
+}
+
+/// Looks whether the reference counts can be believed as far as that nothing is put where the header is.
+fn check_refcounts(image: &Image) -> Result<(), LayerError> {
+    let header = read_header(image)?;
+    let read = |offset, len| {
+        read_at(image, offset, len).map_err(|source| LayerError::Read { path: image.path().to_owned(), source })
+    };
+    let file_len = image.file_len().map_err(|source| LayerError::Read { path: image.path().to_owned(), source })?;
+    let damaged = |source| LayerError::Header { path: image.path().to_owned(), source };
+    let len = usize::try_from(header.refcount_table_len).unwrap_or(usize::MAX);
+    let table = read(header.refcount_table, len)?;
+    let first_block = header.check_refcount_table(&table, file_len).map_err(damaged)?;
+    header.check_first_refcounts(&read(first_block, size_of::<u64>())?).map_err(damaged)
+}
+
+/// Reads bytes of a file; zeroes beyond its end. `offset` is a multiple of 512.
+fn read_at(image: &Image, offset: u64, len: usize) -> io::Result<Vec<u8>> {
+    let alignment = image.alignment();
+    let skip = offset % u64::from(alignment.offset);
+    let needed = len.saturating_add(usize::try_from(skip).unwrap_or(0));
+    let mut buffer = AlignedBuffer::new(needed.next_multiple_of(alignment.offset as usize), alignment.memory);
+    let read = read_all(image.file(), buffer.bytes_mut(), offset - skip)?;
+    let end = needed.min(read);
+    let mut bytes = buffer.bytes().get(needed - len..end).unwrap_or_default().to_vec();
+    bytes.resize(len, 0);
+    Ok(bytes)
+}
+
+/// Reads until the buffer is full or the file at its end; returns how much.
+fn read_all(file: &std::fs::File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+    let mut done = 0;
+    while let Some(rest) = buffer.get_mut(done..).filter(|rest| !rest.is_empty()) {
+        match file.read_at(rest, offset + done as u64) {
+            Ok(0) => break,
+            Ok(len) => {
+                done += len;
+                if !len.is_multiple_of(SECTOR_SIZE as usize) {
+                    // The end of the file; direct I/O cannot go on from here.
+                    break;
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(done)
 }

@@ -15,6 +15,12 @@ const CORRUPT: u64 = 1 << 1;
 /// Incompatible feature: the data is in another file.
 const DATA_FILE: u64 = 1 << 2;
 
+/// Longest table of reference counts in bytes, as QEMU has it.
+const MAX_REFCOUNT_TABLE_LEN: u64 = 8 << 20;
+
+/// Bits of an entry of that table that are not its block's offset, and have to be zero.
+const RESERVED: u64 = 511;
+
 /// Largest virtual size in bytes; what can be addressed by sectors with a sign.
 const MAX_SIZE: u64 = i64::MAX.cast_unsigned();
 
@@ -39,6 +45,9 @@ pub enum HeaderError {
     /// Extended L2 entries, another compression, or something newer.
     #[error("has features that are not supported (bits {0:#x}); convert it with qemu-img convert")]
     Features(u64),
+    /// A field has a value that it must not have, or the reference counts are none.
+    #[error("is damaged ({0}); see what qemu-img check says")]
+    Damaged(&'static str),
     /// The virtual size is beyond all reason.
     #[error("has a virtual size of {0} bytes; it is damaged")]
     Size(u64),
@@ -51,6 +60,14 @@ pub(crate) struct Header {
     pub(crate) virtual_size: u64,
     /// It names a backing file.
     pub(crate) has_backing: bool,
+    /// Bytes of a cluster.
+    pub(crate) cluster_len: u64,
+    /// Offset of the table of reference counts in the file, in bytes: a multiple of `cluster_len`.
+    pub(crate) refcount_table: u64,
+    /// Length of that table in bytes: at least a cluster, at most 8 MiB.
+    pub(crate) refcount_table_len: u64,
+    /// Bits of one count.
+    refcount_bits: u32,
 }
 
 impl Header {
@@ -62,15 +79,24 @@ impl Header {
         }
         let version = fields.u32();
         let backing_file_offset = fields.u64();
-        let _backing_file_len_and_cluster_bits = fields.u64();
+        let _backing_file_len = fields.u32();
+        let cluster_bits = fields.u32();
         let virtual_size = fields.u64();
         let encryption = fields.u32();
-        let _l1_entries = fields.u32();
-        // L1 table, reference counts and snapshots: the format's driver checks them.
-        fields.skip(32);
-        let features = match version {
-            2 => 0,
-            3 => fields.u64(),
+        // Length and place of the L1 table: the format's driver looks at them.
+        fields.skip(12);
+        let refcount_table = fields.u64();
+        let refcount_table_clusters = u64::from(fields.u32());
+        // Snapshots.
+        fields.skip(12);
+        let (features, refcount_order) = match version {
+            2 => (0, 4),
+            3 => {
+                let features = fields.u64();
+                // Features that do not matter.
+                fields.skip(16);
+                (features, fields.u32())
+            }
             _ => return Err(HeaderError::Version(version)),
         };
         match features {
@@ -78,9 +104,48 @@ impl Header {
             _ if features & DATA_FILE != 0 => Err(HeaderError::DataFile),
             _ if features & (DIRTY | CORRUPT) != 0 => Err(HeaderError::NeedsRepair),
             0 if virtual_size > MAX_SIZE => Err(HeaderError::Size(virtual_size)),
-            0 => Ok(Self { virtual_size, has_backing: backing_file_offset != 0 }),
+            0 if !(9..=21).contains(&cluster_bits) => Err(HeaderError::Damaged("cluster size")),
+            0 if refcount_order > 6 => Err(HeaderError::Damaged("length of reference counts")),
+            0 => {
+                let cluster_len = 1 << cluster_bits;
+                let refcount_table_len = refcount_table_clusters * cluster_len;
+                let possible = (1..=MAX_REFCOUNT_TABLE_LEN).contains(&refcount_table_len);
+                if !possible || !refcount_table.is_multiple_of(cluster_len) || refcount_table == 0 {
+                    return Err(HeaderError::Damaged("table of reference counts"));
+                }
+                Ok(Self {
+                    virtual_size,
+                    has_backing: backing_file_offset != 0,
+                    cluster_len,
+                    refcount_table,
+                    refcount_table_len,
+                    refcount_bits: 1 << refcount_order,
+                })
+            }
             _ => Err(HeaderError::Features(features)),
         }
+    }
+
+    /// Looks whether a table of reference counts, in a file of `file_len` bytes, can be one. Returns where its first block is.
+    /// A format's driver that believes one which says that the header itself is free puts something else there.
+    pub(crate) fn check_refcount_table(&self, table: &[u8], file_len: u64) -> Result<u64, HeaderError> {
+        let entries =
+            || table.chunks_exact(8).filter_map(|entry| entry.first_chunk()).map(|entry| u64::from_be_bytes(*entry));
+        let in_file = |block: u64| block < file_len && block.is_multiple_of(self.cluster_len);
+        let first = entries().next().unwrap_or(0);
+        if first == 0 || entries().any(|entry| entry & RESERVED != 0 || !in_file(entry)) {
+            return Err(HeaderError::Damaged("table of reference counts"));
+        }
+        Ok(first)
+    }
+
+    /// Looks whether the header has a reference, by the first bytes of the first block.
+    pub(crate) fn check_first_refcounts(&self, block: &[u8]) -> Result<(), HeaderError> {
+        let used = match self.refcount_bits {
+            bits @ 0..8 => block.first().is_some_and(|byte| u32::from(*byte) & ((1 << bits) - 1) != 0),
+            bits => block.iter().take(bits as usize / 8).any(|byte| *byte != 0),
+        };
+        if used { Ok(()) } else { Err(HeaderError::Damaged("reference counts")) }
     }
 }
 
@@ -113,8 +178,15 @@ mod tests {
 
     fn header(changes: &[(usize, &[u8])]) -> [u8; HEADER_LEN] {
         let mut bytes = [0; HEADER_LEN];
-        let fields: [(usize, &[u8]); 4] =
-            [(0, b"QFI\xfb"), (4, &3u32.to_be_bytes()), (20, &16u32.to_be_bytes()), (24, &(1u64 << 30).to_be_bytes())];
+        let fields: [(usize, &[u8]); 7] = [
+            (0, b"QFI\xfb"),
+            (4, &3u32.to_be_bytes()),
+            (20, &16u32.to_be_bytes()),
+            (24, &(1u64 << 30).to_be_bytes()),
+            (48, &(1u64 << 16).to_be_bytes()),
+            (56, &1u32.to_be_bytes()),
+            (96, &4u32.to_be_bytes()),
+        ];
         for (offset, field) in fields.iter().chain(changes) {
             bytes[*offset..offset + field.len()].copy_from_slice(field);
         }
@@ -124,7 +196,15 @@ mod tests {
     #[test]
     fn an_ordinary_image_is_taken() {
         let parsed = Header::parse(&header(&[])).unwrap();
-        assert_eq!(parsed, Header { virtual_size: 1 << 30, has_backing: false });
+        let expected = Header {
+            virtual_size: 1 << 30,
+            has_backing: false,
+            cluster_len: 65536,
+            refcount_table: 65536,
+            refcount_table_len: 65536,
+            refcount_bits: 16,
+        };
+        assert_eq!(parsed, expected);
         assert!(Header::parse(&header(&[(8, &512u64.to_be_bytes())])).unwrap().has_backing);
         // In version 2 there are no features: what stands there is something else.
         let old = header(&[(4, &2u32.to_be_bytes()), (72, &[0xff; 8])]);
@@ -145,9 +225,37 @@ mod tests {
             (72, &features(16), HeaderError::Features(16)),
             (72, &features(1 << 63), HeaderError::Features(1 << 63)),
             (24, &(1u64 << 63).to_be_bytes(), HeaderError::Size(1 << 63)),
+            (20, &8u32.to_be_bytes(), HeaderError::Damaged("cluster size")),
+            (20, &22u32.to_be_bytes(), HeaderError::Damaged("cluster size")),
+            (96, &7u32.to_be_bytes(), HeaderError::Damaged("length of reference counts")),
+            (48, &0u64.to_be_bytes(), HeaderError::Damaged("table of reference counts")),
+            (48, &512u64.to_be_bytes(), HeaderError::Damaged("table of reference counts")),
+            (56, &0u32.to_be_bytes(), HeaderError::Damaged("table of reference counts")),
+            (56, &129u32.to_be_bytes(), HeaderError::Damaged("table of reference counts")),
+            (56, &u32::MAX.to_be_bytes(), HeaderError::Damaged("table of reference counts")),
         ] {
             assert_eq!(Header::parse(&header(&[(offset, field)])), Err(expected));
         }
         assert_eq!(Header::parse(&[0; HEADER_LEN]), Err(HeaderError::Magic));
+    }
+
+    #[test]
+    fn reference_counts_that_free_the_header_are_refused() {
+        let parsed = Header::parse(&header(&[])).unwrap();
+        let table = |entries: &[u64]| -> Vec<u8> { entries.iter().flat_map(|entry| entry.to_be_bytes()).collect() };
+        let check = |entries: &[u64]| parsed.check_refcount_table(&table(entries), 1 << 20);
+        assert_eq!(check(&[0x2_0000, 0, 0x3_0000]), Ok(0x2_0000));
+        for wrong in [&[0, 0x2_0000][..], &[0x2_0000, 0x2_0001], &[0x2_0200], &[1 << 20], &[0x2_0000, u64::MAX], &[]] {
+            check(wrong).unwrap_err();
+        }
+        parsed.check_first_refcounts(&[0, 1]).unwrap();
+        parsed.check_first_refcounts(&[0, 0, 1]).unwrap_err();
+        parsed.check_first_refcounts(&[]).unwrap_err();
+        for (order, block, used) in
+            [(0u32, [0xfe, 0xff], false), (0, [1, 0], true), (2, [0x10, 0], false), (3, [0, 1], false)]
+        {
+            let parsed = Header::parse(&header(&[(96, &order.to_be_bytes())])).unwrap();
+            assert_eq!(parsed.check_first_refcounts(&block).is_ok(), used, "{order} {block:?}");
+        }
     }
 }

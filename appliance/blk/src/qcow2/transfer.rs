@@ -5,9 +5,9 @@
 
 use std::io;
 
-use imago::FormatAccess;
 use imago::file::File;
 use imago::io_buffers::{IoVector, IoVectorMut};
+use imago::{FormatAccess, Mapping};
 use vm_memory::{GuestMemory, Permissions, VolatileSlice};
 use vvu_back_end::lost_memory;
 
@@ -50,6 +50,18 @@ pub(super) fn read(
         access.read(&mut *part, offset)?;
         copy_to_driver(job.memory.as_ref(), &job.data, position, part).map_err(io::Error::other)
     })
+}
+
+/// Whether all of the range has its place in the image, so that a write changes no tables.
+pub(super) fn has_its_place(access: &FormatAccess<File>, range: ByteRange) -> io::Result<bool> {
+    let mut position = 0;
+    while position < range.len {
+        match access.get_mapping(range.offset + position, range.len - position)? {
+            (Mapping::Raw { writable: true, .. }, len) if len > 0 => position += len,
+            _ => return Ok(false),
+        }
+    }
+    Ok(true)
 }
 
 pub(super) fn write(

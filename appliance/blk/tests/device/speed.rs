@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 
 use crate::driver::{DATA, EVENT_IDX, FLUSH, FrontEnd, Req};
 use crate::process::{ImageFile, Program, disk_directory};
+use crate::qcow2::Qcow2Image;
 
-const IMAGE_LEN: u64 = 1 << 30;
+const IMAGE_LEN: u64 = 1 << 28;
 
 /// What both back-ends have.
 const FEATURES: u64 = 1 << 32 | EVENT_IDX | FLUSH;
@@ -47,12 +48,13 @@ fn measure(socket: &Path, depth: u16, write: bool) -> u64 {
 struct StorageDaemon(Child);
 
 impl StorageDaemon {
-    fn start(image: &Path, socket: &Path) -> Option<Self> {
+    fn start(image: &Path, format: &str, socket: &Path) -> Option<Self> {
         let blockdev = format!("driver=file,node-name=f,filename={},cache.direct=on,aio=io_uring", image.display());
-        let (path, id) = (socket.display(), "type=vhost-user-blk,id=e,node-name=f,writable=on,addr.type=unix");
+        let format = format!("driver={format},node-name=d,file=f");
+        let (path, id) = (socket.display(), "type=vhost-user-blk,id=e,node-name=d,writable=on,addr.type=unix");
         let export = format!("{id},addr.path={path}");
         let mut command = Command::new("qemu-storage-daemon");
-        let child = command.args(["--blockdev", &blockdev, "--export", &export]).spawn().ok()?;
+        let child = command.args(["--blockdev", &blockdev, "--blockdev", &format, "--export", &export]).spawn().ok()?;
         while !socket.exists() {
             std::thread::yield_now();
         }
@@ -81,8 +83,31 @@ fn random_requests() {
             };
             let directory = tempfile::tempdir().unwrap();
             let socket = directory.path().join("socket");
-            let theirs = StorageDaemon::start(&image.path(), &socket).map(|_daemon| measure(&socket, depth, write));
+            let theirs =
+                StorageDaemon::start(&image.path(), "raw", &socket).map(|_daemon| measure(&socket, depth, write));
             println!("{name}: {kind} 4k depth {depth}: {ours} IOPS, qemu-storage-daemon {theirs:?}");
+        }
+    }
+}
+
+/// First an image where each write finds a new place, then one where all is in its place.
+#[test]
+#[ignore = "measures; says nothing about right or wrong"]
+fn random_requests_of_a_qcow2_image() {
+    for allocation in ["preallocation=off", "preallocation=full"] {
+        for (depth, write) in [(1, false), (32, false), (1, true), (32, true)] {
+            let image = || Qcow2Image::create(IMAGE_LEN, &["-o", allocation]);
+            let kind = if write { "randwrite" } else { "randread" };
+            let ours = {
+                let image = image();
+                let program = Program::start(&image.path(), &["--format", "qcow2"]);
+                measure(&program.socket(), depth, write)
+            };
+            let (image, directory) = (image(), tempfile::tempdir().unwrap());
+            let socket = directory.path().join("socket");
+            let daemon = StorageDaemon::start(&image.path(), "qcow2", &socket);
+            let theirs = daemon.map(|_daemon| measure(&socket, depth, write));
+            println!("qcow2 {allocation}: {kind} 4k depth {depth}: {ours} IOPS, qemu-storage-daemon {theirs:?}");
         }
     }
 }
