@@ -3,15 +3,17 @@
 //! For each device set it drives the control device and the doorbell device by way of VFIO, opens the window, keeps the
 //! back-end running as a process of its own without privileges, and is the front-end on the back-end's socket: a frame
 //! from the bridge becomes a vhost-user message, its handles become file descriptors, and the back-end's reply becomes a
-//! frame. It connects a back-end's TAP to the appliance's network card, and its control sockets to the host ([`channel`]). The binary `vvu-agent` runs it; tests run [`session`] against a control device of their own.
+//! frame. What a back-end needs besides it prepares: disks and directories of its own ([`programs`]), a TAP on the appliance's
+//! network card ([`network`]), byte streams to the host ([`channel`]), the length of the window ([`node_size`]). The binary
+//! `vvu-agent` runs it; tests run [`session`] against a control device of their own.
 //!
-//! It never looks at a device's data, signals nothing itself while a device runs, and has no device code. Of driver memory it
-//! reads one number: the index of a used ring, when a back-end was lost ([`window::Window::read_u16`]). It trusts neither the
-//! bridge nor the back-end to follow the rules.
+//! It never looks at a device's data or at the bytes of a channel, signals nothing itself while a device runs, and has no device
+//! code. Of driver memory it reads one number: the index of a used ring, when a back-end was lost
+//! ([`window::Window::read_u16`]). It trusts neither the bridge nor the back-end to follow the rules.
 //!
-//! Pure: [`regions`], [`memory_map`], [`restarts`], the staging of [`modules`], the rules of [`ring`] and [`translate`]. Unsafe: the ioctls
-//! of [`vfio`] and [`network`], the filter of [`node_size`], and the waiting of [`watch`]. Waiting: [`session`], [`supervisor`], [`process`], [`back_end`],
-//! [`channel`], [`reaper`].
+//! Pure: [`regions`], [`memory_map`], [`restarts`], the staging of [`modules`], the rules of [`ring`] and [`translate`], the
+//! arguments of [`programs`]. Unsafe: the ioctls of [`vfio`] and [`network`], the filter of [`node_size`], and the waiting of
+//! [`watch`]. Waiting: [`session`], [`supervisor`], [`process`], [`back_end`], [`channel`], [`reaper`].
 
 pub mod back_end;
 pub mod boot;

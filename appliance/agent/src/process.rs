@@ -154,9 +154,11 @@ impl BackEndProcess {
         run.stop().await;
     }
 
-    /// Ends a run, which is no failure of it.
+    /// Ends a run, which is no failure of it. If it has ended by itself, it may have failed for another device set.
     pub(crate) async fn replace(&self, run: &Run) {
-        run.judged.set(true);
+        if !run.child.has_ended() {
+            run.judged.set(true);
+        }
         run.stop().await;
     }
 }

@@ -120,3 +120,23 @@ fn a_connection_that_is_closed_is_lost_to_one_only() {
     });
     assert!(ended.is_none(), "{ended:?}");
 }
+
+#[test]
+fn a_program_that_ends_with_one_front_end_has_failed_the_other() {
+    let survived = Rc::new(Cell::new(0));
+    let counted = Rc::clone(&survived);
+    let ended = play_two(Script::Single, |stages| {
+        Box::pin(async move {
+            for death in 0..=MAX_RESTARTS {
+                both_connect(stages).await;
+                counted.set(death);
+                stages[0].bridge.disconnect();
+                stages[1].bridge.orphaned().await;
+            }
+            stages[1].bridge.connect().await;
+            panic!("one more session has begun");
+        })
+    });
+    assert!(matches!(ended, Some(DeviceSetError::GaveUp(_))), "{ended:?}");
+    assert_eq!(survived.get(), MAX_RESTARTS);
+}
