@@ -153,17 +153,22 @@ impl Worker<'_> {
 /// and the network has to learn where the driver is now.
 fn begin(port: &Port, position: u16) {
     let negotiated = port.negotiated();
-    let mut driver = port.change_driver();
-    if position == 0 {
-        driver.begin_control(negotiated);
-    } else if driver.pairs.is_none() && negotiated.features & features::GUEST_ANNOUNCE != 0 {
-        driver.announce = true;
-        drop(driver);
+    let announces = negotiated.features & features::GUEST_ANNOUNCE != 0;
+    let has_changed = port.change_driver(|driver| {
+        if position == 0 {
+            driver.begin_control(negotiated);
+            return false;
+        }
+        let is_news = driver.pairs.is_none() && announces && !driver.announce;
+        driver.announce |= is_news;
+        is_news
+    });
+    if has_changed {
         port.config_changed();
     }
 }
 
 fn carry_out(port: &Port, command: &[u8]) -> bool {
     let negotiated = port.negotiated();
-    port.change_driver().apply(command, negotiated)
+    port.change_driver(|driver| driver.apply(command, negotiated))
 }

@@ -78,13 +78,12 @@ impl Device for PortDevice {
         let Some(port) = self.port() else { return Ok(()) };
         let negotiated = port.negotiated().features;
         let may_write = negotiated & (features::VERSION_1 | features::CTRL_MAC_ADDR) == 0;
-        let mut driver = port.change_driver();
-        let mut mac = driver.mac.0;
         if writer == ConfigWriter::Driver && may_write && (offset as usize) < config_space::LEN {
-            for (to, from) in mac.iter_mut().skip(offset as usize).zip(bytes) {
-                *to = *from;
-            }
-            driver.mac = MacAddress(mac);
+            port.change_driver(|driver| {
+                for (to, from) in driver.mac.0.iter_mut().skip(offset as usize).zip(bytes) {
+                    *to = *from;
+                }
+            });
         }
         Ok(())
     }

@@ -40,7 +40,14 @@ impl MacAddress {
 
     /// The address as a number that is not 0 for any card.
     pub(crate) fn bits(self) -> u64 {
-        self.0.iter().fold(0, |bits, byte| bits << 8 | u64::from(*byte))
+        let [a, b, c, d, e, g] = self.0;
+        u64::from_be_bytes([0, 0, a, b, c, d, e, g])
+    }
+
+    /// The address that [`MacAddress::bits`] has made a number of.
+    pub(crate) fn from_bits(bits: u64) -> Self {
+        let [_, _, a, b, c, d, e, g] = bits.to_be_bytes();
+        Self([a, b, c, d, e, g])
     }
 }
 
@@ -160,6 +167,7 @@ mod tests {
     fn addresses_are_read_and_written() {
         let address: MacAddress = "52:54:00:AB:cd:01".parse().unwrap();
         assert_eq!(address.to_string(), "52:54:00:ab:cd:01");
+        assert_eq!(MacAddress::from_bits(address.bits()), address);
         for text in [
             "",
             "52:54:00:ab:cd",

@@ -7,7 +7,7 @@ use crate::DriverMemory;
 use crate::driver_data::Cursor;
 use crate::ethernet::{self, Ethernet};
 use crate::layers::Layers;
-use crate::net_header::{HeaderError, LEGACY_LEN, NetHeader};
+use crate::net_header::{Checksum, HeaderError, LEGACY_LEN, NetHeader};
 use crate::offloads::Offloads;
 
 /// Bytes of a frame that are copied before they are looked at: all headers that are understood lie in there.
@@ -106,7 +106,12 @@ impl<'a> Packet<'a> {
         cursor.read(front)?;
         let content = Content { front, rest: Some(cursor), rest_len: frame_len.saturating_sub(FRONT_LEN) };
         let [header @ .., _, _] = header;
-        Self::parse(&header, content, offloads)
+        let mut packet = Self::parse(&header, content, offloads)?;
+        // Section 5.1.6.2.1: a driver does not say so, and nobody would have to believe it.
+        if packet.header.checksum == Checksum::Valid {
+            packet.header.checksum = Checksum::Unknown;
+        }
+        Ok(packet)
     }
 
     /// A packet that was read into a buffer, behind its header.

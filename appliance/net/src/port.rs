@@ -1,7 +1,7 @@
 //! One port of the switch: a virtio-net device, what its driver has set, and what the operator has set for it.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Instant;
 
 use vvu_back_end::log_limit::LogLimit;
@@ -56,6 +56,8 @@ pub(crate) struct Port {
     link_up: AtomicBool,
     filter: RwLock<PortFilter>,
     driver: RwLock<DriverState>,
+    /// Address of the driver, for those who ask for each packet.
+    mac_bits: AtomicU64,
     /// Features that the driver has accepted.
     features: AtomicU64,
     receivers: Vec<Receiver>,
@@ -80,6 +82,7 @@ impl Port {
             link_up: AtomicBool::new(link_up),
             filter: RwLock::new(filter),
             driver: RwLock::new(DriverState::new(mac)),
+            mac_bits: AtomicU64::new(mac.bits()),
             features: AtomicU64::new(0),
             receivers: (0..pairs).map(|pair| Receiver::new(first + 2 * Target::from(pair))).collect(),
             receiving: AtomicU64::new(0),
@@ -88,12 +91,16 @@ impl Port {
         }
     }
 
-    pub(crate) fn driver(&self) -> RwLockReadGuard<'_, DriverState> {
+    fn driver(&self) -> RwLockReadGuard<'_, DriverState> {
         self.driver.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn change_driver(&self) -> RwLockWriteGuard<'_, DriverState> {
-        self.driver.write().unwrap_or_else(PoisonError::into_inner)
+    /// The one door for changes of what the driver has set.
+    pub(crate) fn change_driver<R>(&self, change: impl FnOnce(&mut DriverState) -> R) -> R {
+        let mut driver = self.driver.write().unwrap_or_else(PoisonError::into_inner);
+        let outcome = change(&mut driver);
+        self.mac_bits.store(driver.mac.bits(), Ordering::Relaxed);
+        outcome
     }
 
     pub(crate) fn negotiated(&self) -> Negotiated {
@@ -104,14 +111,14 @@ impl Port {
     pub(crate) fn negotiate(&self, features: u64) {
         // They come again with each queue pair, and when a migration begins.
         if self.features.swap(features, Ordering::Relaxed) != features {
-            self.change_driver().offloads = Offloads::of_receiver(features);
+            self.change_driver(|driver| driver.offloads = Offloads::of_receiver(features));
         }
     }
 
     /// Forgets the driver.
     pub(crate) fn reset(&self) {
         self.features.store(0, Ordering::Relaxed);
-        *self.change_driver() = DriverState::new(self.mac);
+        self.change_driver(|driver| *driver = DriverState::new(self.mac));
     }
 
     pub(crate) fn config(&self) -> ConfigSpace {
@@ -125,9 +132,9 @@ impl Port {
         }
     }
 
-    /// What the port's device is called: the driver's address.
+    /// The driver's address.
     pub(crate) fn mac(&self) -> MacAddress {
-        self.driver().mac
+        MacAddress::from_bits(self.mac_bits.load(Ordering::Relaxed))
     }
 
     pub(crate) fn link_up(&self) -> bool {

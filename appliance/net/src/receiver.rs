@@ -14,6 +14,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vvu_back_end::wakeup::Wakeup;
 use vvu_back_end::{Chain, Pause, Ring, RingError, RingSignals, Segment, Service, total_len};
 
+use vvu_protocol::features::Features;
+
 use crate::bell::{Bell, Target};
 use crate::driver_data::{Cursor, MemoryWatch};
 use crate::fault::{Condition, Fault};
@@ -42,6 +44,8 @@ struct Open {
     size: u16,
     header_len: usize,
     mergeable: bool,
+    /// Addresses pass an IOMMU.
+    translated: bool,
     /// What the driver has accepted; it may have asked for less since.
     offloads: Offloads,
     condition: Condition,
@@ -173,6 +177,7 @@ impl Receiver {
             size: service.size(),
             header_len: header_len(bits),
             mergeable,
+            translated: service.features().contains(Features::ACCESS_PLATFORM),
             offloads: Offloads::of_receiver(bits),
             condition: Condition::Working,
             pause: None,
@@ -203,13 +208,17 @@ impl Receiver {
         changes.kick
     }
 
-    /// Asks the front-end for what the ring waits for, unless it has come.
+    /// Asks the front-end for what the ring waits for, unless it has come; and with an IOMMU for what it will wait for, so that
+    /// no packet has to be dropped for the lack of a mapping.
     fn proceed(&self, open: &mut Open, port: &Port, service: &Service<'_>, bell: &mut Bell) {
+        if open.condition == Condition::Working && open.translated {
+            return self.ask_ahead(open, port, service, bell);
+        }
         if open.condition != Condition::Waiting {
             return;
         }
         let pause = match (open.pause.take(), open.look_ahead()) {
-            (None, Ok(())) => {
+            (None, Ok(_)) => {
                 open.condition = Condition::Working;
                 service.resume();
                 open.wake_waiters();
@@ -227,7 +236,39 @@ impl Receiver {
         }
     }
 
+    /// The mappings of all buffers that are there, one after the other; then those of the next ones.
+    fn ask_ahead(&self, open: &mut Open, port: &Port, service: &Service<'_>, bell: &mut Bell) {
+        loop {
+            let outcome = match open.look_ahead() {
+                Ok(available) => {
+                    service.resume();
+                    open.ring.listen_beyond(available).map_err(Fault::from)
+                }
+                Err(Fault::Ring(error)) => match error.pause() {
+                    Some(pause) => service.pause(pause).map(|()| false).map_err(Fault::from),
+                    None => Err(error.into()),
+                },
+                Err(fault) => Err(fault),
+            };
+            match outcome {
+                Ok(true) => {}
+                Ok(false) => return,
+                Err(fault) => return self.stop_for(open, fault, port, bell),
+            }
+        }
+    }
+
     /// The driver has kicked: there are more buffers.
+    fn note_kick(&self, port: &Port, service: &Service<'_>, bell: &mut Bell) {
+        if let Some(open) = self.lock().as_mut() {
+            open.wake_waiters();
+            if open.translated {
+                self.proceed(open, port, service, bell);
+            }
+        }
+    }
+
+    /// Who waits is to look again.
     pub(crate) fn wake_waiters(&self) {
         if let Some(open) = self.lock().as_mut() {
             open.wake_waiters();
@@ -339,11 +380,14 @@ impl Open {
         Ok(())
     }
 
-    /// Finds out whether the ring and the buffers that come next can be reached.
-    fn look_ahead(&mut self) -> Result<(), Fault> {
+    /// Finds out whether the ring and all buffers that are there can be reached. The number of buffers.
+    fn look_ahead(&mut self) -> Result<u16, Fault> {
         self.ring.place()?;
         let available = self.ring.available()?;
-        self.collect(net_header::LEN as u64 + crate::packet::MAX_FRAME_LEN as u64, available).map(|_enough| ())
+        for ahead in 0..available {
+            self.ring.walk(self.ring.peek_ahead(ahead)?, &mut self.chain)?;
+        }
+        Ok(available)
     }
 }
 
@@ -362,7 +406,9 @@ pub(crate) fn serve(port: &Port, receiver: &Receiver, pair: u16, service: &Servi
         if opening == Condition::Waiting && std::mem::take(&mut try_to_open) {
             opening = match service.open_ring() {
                 Ok(ring) => {
+                    service.resume();
                     receiver.open(ring, service);
+                    receiver.note_kick(port, service, &mut bell);
                     port.set_receiving(pair, true);
                     Condition::Working
                 }
@@ -378,7 +424,7 @@ pub(crate) fn serve(port: &Port, receiver: &Receiver, pair: u16, service: &Servi
         }
         if events.kicked {
             port.counters.kicks.count();
-            receiver.wake_waiters();
+            receiver.note_kick(port, service, &mut bell);
         }
     }
     port.set_receiving(pair, false);

@@ -27,7 +27,7 @@ pub(crate) const INDIRECT: u64 = 1 << 28;
 pub(crate) const EVENT_IDX: u64 = 1 << 29;
 pub(crate) const VERSION_1: u64 = 1 << 32;
 const PROTOCOL_FEATURES: u64 = 1 << 30;
-const ACCESS_PLATFORM: u64 = 1 << 33;
+pub(crate) const ACCESS_PLATFORM: u64 = 1 << 33;
 
 /// Everything that the driver can want, without what only an IOMMU or a migration needs.
 pub(crate) const ALL: u64 = !(LOG_ALL | ACCESS_PLATFORM);
@@ -55,13 +55,13 @@ const DATA: u64 = 0x80_0000;
 const QUEUE_DATA: u64 = 0x40_0000;
 
 /// Difference of the front-end's addresses to guest-physical ones: far, so that a missed translation fails.
-const USER_BASE: u64 = 0x7a00_0000_0000;
+pub(crate) const USER_BASE: u64 = 0x7a00_0000_0000;
 
 /// A connected front-end with memory.
 pub(crate) struct Machine {
     pub(crate) frontend: Frontend,
     /// The same connection, for messages that the `vhost` crate does not have.
-    stream: UnixStream,
+    pub(crate) stream: UnixStream,
     pub(crate) memory: GuestMemoryMmap<()>,
     pub(crate) features: u64,
     /// Tells how many receive queues are in service.
@@ -264,6 +264,8 @@ pub(crate) struct Queue {
     pub(crate) error: EventFd,
     header_len: usize,
     is_control: bool,
+    /// What the front-end adds to ring addresses: its own addresses, or none where an IOMMU translates.
+    pub(crate) address_base: u64,
     /// Where writes to the used ring are logged, if they are to be.
     pub(crate) log_address: Option<u64>,
 }
@@ -284,6 +286,7 @@ impl Queue {
             error: EventFd::new(EFD_NONBLOCK).unwrap(),
             header_len,
             is_control: false,
+            address_base: USER_BASE,
             log_address: None,
         }
     }
@@ -299,6 +302,14 @@ impl Queue {
     /// port arrives.
     pub(crate) fn start(&mut self, machine: &mut Machine, base: u16) {
         let before = (machine.receiving)();
+        self.announce(machine, base);
+        if self.index.is_multiple_of(2) && !self.is_control {
+            wait_until("start of a receive queue", || (machine.receiving)() == before + 1);
+        }
+    }
+
+    /// Announces the ring to the back-end, and does not wait for anything.
+    pub(crate) fn announce(&mut self, machine: &mut Machine, base: u16) {
         self.ask_for_call(&machine.memory);
         let frontend = &mut machine.frontend;
         frontend.set_vring_num(self.index, self.size).unwrap();
@@ -306,9 +317,9 @@ impl Queue {
             queue_max_size: 1024,
             queue_size: self.size,
             flags: u32::from(self.log_address.is_some()),
-            desc_table_addr: USER_BASE + self.desc,
-            used_ring_addr: USER_BASE + self.used,
-            avail_ring_addr: USER_BASE + self.avail,
+            desc_table_addr: self.address_base + self.desc,
+            used_ring_addr: self.address_base + self.used,
+            avail_ring_addr: self.address_base + self.avail,
             log_addr: self.log_address,
         };
         frontend.set_vring_addr(self.index, &config).unwrap();
@@ -317,9 +328,6 @@ impl Queue {
         frontend.set_vring_err(self.index, &self.error).unwrap();
         frontend.set_vring_kick(self.index, &self.kick).unwrap();
         frontend.set_vring_enable(self.index, true).unwrap();
-        if self.index.is_multiple_of(2) && !self.is_control {
-            wait_until("start of a receive queue", || (machine.receiving)() == before + 1);
-        }
     }
 
     /// Stops the ring; returns the position that the back-end has reached.

@@ -5,6 +5,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 
 use vhost::VhostBackend;
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::driver::{
@@ -247,6 +248,57 @@ fn memory_that_is_cut_under_a_port_breaks_its_rings_only() {
     let (mut rx, _) = machine.pair(0, 8, 2000);
     pairs[1].1.send(&machines[1], &NO_OFFLOAD, &between(1, 0, 1000));
     assert_eq!(rx.receive(&machine).frame, between(1, 0, 1000));
+}
+
+#[test]
+fn a_driver_that_changes_everything_under_the_device_harms_only_itself() {
+    let mut program = Program::with_ports(3);
+    let mut machines = [0, 1, 2].map(|port| Machine::connect(&program, port, DATA_ONLY));
+    let mut pairs: Vec<_> = machines.iter_mut().map(|machine| machine.pair(0, 32, 4096)).collect();
+    let frame = crate::frames::tcp(crate::program::mac(1), crate::program::mac(0), &[5; 3000]);
+    let good = crate::frames::header(1, 1000, 34, 16);
+    pairs[0].1.offer_packet(&machines[0], 0, &good, &frame);
+    let (descriptor, buffer) = (pairs[0].1.desc, pairs[0].1.data() + 1);
+    let (memory, end) = (machines[0].memory.clone(), std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false)));
+    let stop = std::sync::Arc::clone(&end);
+    let changer = std::thread::spawn(move || {
+        let mut round = 0u64;
+        while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+            round += 1;
+            // Flags, type, size and place of the header; lengths and protocols of the frame; length of the descriptor.
+            let bytes = round.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes();
+            let place = [0, 1, 4, 6, 8, 24, 26, 28, 35, 58][(round % 10) as usize];
+            let good = memory.read_obj::<u16>(GuestAddress(buffer + place)).unwrap();
+            memory.write_slice(&bytes[..2], GuestAddress(buffer + place)).unwrap();
+            memory.write_obj(500u32 + u32::from(bytes[3]), GuestAddress(descriptor + 8)).unwrap();
+            memory.write_obj(good, GuestAddress(buffer + place)).unwrap();
+            memory.write_obj(3066u32, GuestAddress(descriptor + 8)).unwrap();
+        }
+    });
+    for _ in 0..3000 {
+        pairs[0].1.offer(&machines[0].memory, 0);
+        pairs[0].1.publish(&machines[0].memory);
+        pairs[0].1.kick();
+        pairs[0].1.wait_used(&machines[0].memory);
+        for port in [1, 2] {
+            while let Some(received) = pairs[port].0.try_receive(&machines[port]) {
+                let header: [u8; 12] = received.header[..].try_into().unwrap();
+                let (size, start) =
+                    (u16::from_le_bytes([header[4], header[5]]), u16::from_le_bytes([header[6], header[7]]));
+                let offset = u16::from_le_bytes([header[8], header[9]]);
+                assert!(received.frame.len() <= 3054);
+                assert!(usize::from(start) + usize::from(offset) + 2 <= received.frame.len() || header[0] == 0);
+                assert!(header[1] == 0 || header[1] == 1 && size > 0 && (start, offset) == (34, 16));
+                pairs[port].0.recycle(&machines[port], &received);
+            }
+        }
+    }
+    end.store(true, std::sync::atomic::Ordering::Relaxed);
+    changer.join().unwrap();
+    pairs[1].1.send(&machines[1], &NO_OFFLOAD, &between(1, 2, 60));
+    assert_eq!(pairs[2].0.receive(&machines[2]).frame, between(1, 2, 60));
+    assert!(program.is_alive());
+    assert_eq!(program.counter(0, "broken"), 0);
 }
 
 #[test]

@@ -14,6 +14,7 @@ mod driver;
 mod exchange;
 mod frames;
 mod hostile;
+mod iommu;
 mod lifecycle;
 mod migration;
 mod offloads;
