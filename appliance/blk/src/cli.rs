@@ -14,9 +14,9 @@ use crate::image::Format;
 /// What `--print-capabilities` prints: the device type, and the options of the conventions that the program has.
 pub const CAPABILITIES: &str = r#"{"type": "block", "features": ["read-only", "blk-file"]}"#;
 
-/// vhost-user-blk back-end: serves a raw disk image or block device to a virtual machine.
+/// vhost-user-blk back-end: serves a disk image, raw or qcow2, or a block device to a virtual machine.
 ///
-/// Serves one front-end at a time, and the next after it has left. SIGHUP looks at the size of the image again (a block
+/// Serves one front-end at a time, and the next after it has left. SIGHUP looks at the size of a raw image again (a block
 /// device is looked at when it changes), SIGUSR1 writes the counters to the log, SIGTERM ends.
 #[derive(Debug, Parser)]
 #[command(name = "vvu-blk", version)]
