@@ -133,7 +133,11 @@ impl Header {
             || table.chunks_exact(8).filter_map(|entry| entry.first_chunk()).map(|entry| u64::from_be_bytes(*entry));
         let in_file = |block: u64| block < file_len && block.is_multiple_of(self.cluster_len);
         let first = entries().next().unwrap_or(0);
-        if first == 0 || entries().any(|entry| entry & RESERVED != 0 || !in_file(entry)) {
+        // A block that stands twice and is full would be searched again and again.
+        let mut blocks: Vec<u64> = entries().filter(|entry| *entry != 0).collect();
+        blocks.sort_unstable();
+        let repeated = blocks.windows(2).any(|pair| pair.first() == pair.last());
+        if first == 0 || repeated || blocks.iter().any(|block| block & RESERVED != 0 || !in_file(*block)) {
             return Err(HeaderError::Damaged("table of reference counts"));
         }
         Ok(first)
@@ -245,7 +249,15 @@ mod tests {
         let table = |entries: &[u64]| -> Vec<u8> { entries.iter().flat_map(|entry| entry.to_be_bytes()).collect() };
         let check = |entries: &[u64]| parsed.check_refcount_table(&table(entries), 1 << 20);
         assert_eq!(check(&[0x2_0000, 0, 0x3_0000]), Ok(0x2_0000));
-        for wrong in [&[0, 0x2_0000][..], &[0x2_0000, 0x2_0001], &[0x2_0200], &[1 << 20], &[0x2_0000, u64::MAX], &[]] {
+        for wrong in [
+            &[0, 0x2_0000][..],
+            &[0x2_0000, 0x2_0001],
+            &[0x2_0200],
+            &[1 << 20],
+            &[0x2_0000, u64::MAX],
+            &[0x2_0000, 0x3_0000, 0x2_0000],
+            &[],
+        ] {
             check(wrong).unwrap_err();
         }
         parsed.check_first_refcounts(&[0, 1]).unwrap();

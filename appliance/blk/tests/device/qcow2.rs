@@ -296,6 +296,52 @@ fn what_does_not_fit_together_is_refused_with_a_remedy() {
     }
 }
 
+#[test]
+fn discarded_clusters_are_given_back() {
+    for (compat, expected) in [("compat=1.1", 0), ("compat=0.10", 2)] {
+        let image = Qcow2Image::create(4 * MIB, &["-o", compat]);
+        let program = Program::start(&image.path(), &["--format", "qcow2"]);
+        let mut front_end = FrontEnd::connect(&program);
+        let mut queue = front_end.queue(0, 64);
+        front_end.fill(DATA, &[7; 2 * MIB as usize]);
+        queue.run_ok(&front_end.memory, &Req { data: vec![(DATA, MIB as u32); 2], ..Req::write(0, 0, 0) });
+        // All but the last sector, which keeps its cluster, if the version knows of that.
+        front_end.fill(DATA + 4 * MIB, &[0u64.to_le_bytes(), 4095u64.to_le_bytes()].concat());
+        assert_eq!(queue.run(&front_end.memory, &Req::ranges(11, DATA + 4 * MIB, 16)).0, expected, "{compat}");
+        queue.stop(&front_end);
+        image.check();
+        let content = image.content();
+        assert_eq!(content[2 * MIB as usize - 1], 7);
+        if expected == 0 {
+            let map = qemu_img(&["map", "-f", "qcow2", "--output=json", image.path().to_str().unwrap()]);
+            let map: serde_json::Value = serde_json::from_str(&map).unwrap();
+            assert_eq!(
+                (map[0]["length"].as_u64(), map[0]["data"].as_bool()),
+                (Some(2 * MIB - 65536), Some(false)),
+                "{map}"
+            );
+        }
+    }
+}
+
+#[test]
+fn reference_counts_that_free_the_header_make_requests_fail_and_leave_the_image_alone() {
+    let image = Qcow2Image::create(MIB, &[]);
+    // The table of reference counts is in the second cluster.
+    image.file().write_all_at(&[0; 8], 65536).unwrap();
+    let before = std::fs::read(image.path()).unwrap();
+    let mut program = Program::start(&image.path(), &["--format", "qcow2"]);
+    let mut front_end = FrontEnd::connect(&program);
+    let mut queue = front_end.queue(0, 64);
+    for request in [Req::write(0, DATA, 4096), Req::read(0, DATA, 4096), Req::flush()] {
+        assert_eq!(queue.run(&front_end.memory, &request).0, 1, "{request:?}");
+    }
+    queue.run_ok(&front_end.memory, &Req::get_id(DATA));
+    queue.stop(&front_end);
+    assert!(program.is_alive() && program.count_lines("qemu-img check") == 1);
+    assert!(std::fs::read(image.path()).unwrap() == before);
+}
+
 /// Damage anywhere in the tables: every request is answered, and the program goes on.
 #[test]
 fn a_damaged_image_gives_errors_and_no_failure_of_the_program() {
