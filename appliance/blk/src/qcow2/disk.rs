@@ -421,3 +421,31 @@ fn read_all(file: &std::fs::File, buffer: &mut [u8], offset: u64) -> io::Result<
     }
     Ok(done)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_of_the_formats_driver_is_the_end_of_the_disk_and_not_of_the_process() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let fields: [(u64, &[u8]); 6] = [
+            (0, b"QFI\xfb"),
+            (4, &2u32.to_be_bytes()),
+            (20, &16u32.to_be_bytes()),
+            (24, &(1u64 << 20).to_be_bytes()),
+            (48, &(1u64 << 16).to_be_bytes()),
+            (56, &1u32.to_be_bytes()),
+        ];
+        file.as_file().set_len(1 << 18).unwrap();
+        fields.iter().for_each(|(offset, field)| file.as_file().write_all_at(field, *offset).unwrap());
+        let image = Arc::new(Image::open(file.path(), false, None).unwrap());
+        let disk = Qcow2Disk::new(vec![Layer { format: Format::Qcow2, image }], true).unwrap();
+        assert_eq!(disk.shape().capacity_sectors, 2048);
+        let _in_use = disk.enter();
+        disk.access().unwrap().get().unwrap();
+        disk.contain::<()>(|| panic!("a test of what happens then")).unwrap_err();
+        assert!(disk.access().is_err(), "nothing is believed any more");
+        drop(disk.enter());
+    }
+}

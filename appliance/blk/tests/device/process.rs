@@ -241,10 +241,10 @@ pub(crate) struct LoopDevice {
 }
 
 impl LoopDevice {
-    pub(crate) fn new(image: &ImageFile) -> Self {
+    pub(crate) fn new(image: &Path) -> Self {
         let output = Command::new("losetup")
             .args(["--find", "--show", "--sector-size", "4096", "--direct-io=off"])
-            .arg(image.path())
+            .arg(image)
             .output()
             .unwrap();
         assert!(output.status.success(), "losetup: {}", String::from_utf8_lossy(&output.stderr));

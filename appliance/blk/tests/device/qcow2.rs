@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use crate::driver::{DATA, FrontEnd, Queue, Req, noise};
-use crate::process::{ImageFile, Program, disk_directory};
+use crate::process::{ImageFile, LoopDevice, Program, disk_directory};
 
 const MIB: u64 = 1 << 20;
 
@@ -189,6 +189,42 @@ fn what_the_driver_does_is_what_qemu_finds() {
         assert!(program.counter("zero_copy_bytes") + program.counter("page_cache_bytes") > 0);
         assert!(program.counter("bounced_bytes") > 0 || program.counter("page_cache_bytes") > 0);
     }
+}
+
+/// As in an appliance: the device is longer than the image is yet. Its blocks are larger than the driver's sectors.
+#[test]
+fn an_image_on_a_block_device_grows_into_it_and_ends_where_the_device_does() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("not root: no loop device, left to the whole-machine tests");
+        return;
+    }
+    const LEN: u64 = 12 * MIB;
+    let image = Qcow2Image::create(LEN, &["-o", "cluster_size=16k"]);
+    // Tables and all.
+    image.file().set_len(LEN + 4 * MIB).unwrap();
+    let device = LoopDevice::new(&image.path());
+    let program = Program::start(Path::new(&device.path), &["--queues", "2", "--format", "qcow2"]);
+    let mut model = Model::new(&program, vec![0; LEN as usize], 31);
+    model.work(60);
+    drop((program, device));
+    image.check();
+    assert!(image.content() == model.content);
+
+    let image = Qcow2Image::create(LEN, &[]);
+    image.file().set_len(2 * MIB).unwrap();
+    let device = LoopDevice::new(&image.path());
+    let program = Program::start(Path::new(&device.path), &["--format", "qcow2"]);
+    let mut front_end = FrontEnd::connect(&program);
+    let mut queue = front_end.queue(0, 64);
+    let statuses: Vec<u8> = (0..LEN / MIB)
+        .map(|index| queue.run(&front_end.memory, &Req::write(index * 2048, DATA, MIB as u32)).0)
+        .collect();
+    assert!(statuses.starts_with(&[0]) && statuses.ends_with(&[1]), "{statuses:?}");
+    queue.run_ok(&front_end.memory, &Req::read(0, DATA, MIB as u32));
+    queue.run_ok(&front_end.memory, &Req::flush());
+    queue.stop(&front_end);
+    drop((program, device));
+    image.check_but_for_leaks();
 }
 
 #[test]

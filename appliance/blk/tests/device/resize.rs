@@ -83,7 +83,7 @@ fn a_block_device_tells_of_its_size_by_itself() {
         return;
     }
     let image = ImageFile::new(4 * MIB);
-    let device = LoopDevice::new(&image);
+    let device = LoopDevice::new(&image.path());
     let program = Program::start(device.path.as_ref(), &[]);
     let mut front_end = connect(&program);
     let mut channel = BackChannel::open(&mut front_end);

@@ -146,7 +146,7 @@ fn a_block_device_is_served_by_its_own_block_size() {
         return;
     }
     let image = ImageFile::new(8 * MIB);
-    let device = LoopDevice::new(&image);
+    let device = LoopDevice::new(&image.path());
     let program = Program::start(device.path.as_ref(), &[]);
     let mut front_end = FrontEnd::connect(&program);
     let config = front_end.config();
