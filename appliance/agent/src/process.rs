@@ -100,6 +100,8 @@ pub(crate) struct Run {
     user: Option<u32>,
     /// Its end has been counted, or is none to count.
     judged: Cell<bool>,
+    /// It has answered on a connection.
+    was_ready: Cell<bool>,
 }
 
 impl BackEndProcess {
@@ -131,7 +133,9 @@ impl BackEndProcess {
             return Ok(Rc::clone(run));
         }
         let next = match self.shared.start() {
-            Ok(child) => Run { child, user: self.shared.program.user, judged: Cell::new(false) },
+            Ok(child) => {
+                Run { child, user: self.shared.program.user, judged: Cell::new(false), was_ready: Cell::new(false) }
+            }
             Err(error) => {
                 let error = NoProcess::Start(error);
                 self.shared.failed(in_one_line(&error));
@@ -218,6 +222,16 @@ impl Drop for Shared {
 }
 
 impl Run {
+    /// Takes note that it has answered on a connection.
+    pub(crate) fn note_ready(&self) {
+        self.was_ready.set(true);
+    }
+
+    /// Whether it has ever answered on a connection.
+    pub(crate) const fn was_ready(&self) -> bool {
+        self.was_ready.get()
+    }
+
     /// Waits for the end of the process.
     pub(crate) async fn exited(&self) -> Exit {
         self.child.exited().await

@@ -130,6 +130,7 @@ impl Supervisor {
             let has_served = released.as_ref().is_some_and(|released| Rc::ptr_eq(released, &run));
             match self.try_ready(&run, has_served).await {
                 Ok(link) => {
+                    run.note_ready();
                     self.connected_to = Some(run);
                     return Ok(link);
                 }
@@ -143,7 +144,7 @@ impl Supervisor {
         let stream = tokio::select! {
             stream = connect(&self.socket, START_TIMEOUT) => stream?.ok_or(NotReady::NoSocket)?,
             exit = run.exited() => {
-                return Err(if has_served { NotReady::Ended(exit) } else { NotReady::NeverListened(exit) });
+                return Err(if run.was_ready() { NotReady::Ended(exit) } else { NotReady::NeverListened(exit) });
             }
         };
         let mut link = BackEndLink::new(MessageSocket::new(stream.into_std()?)?);
