@@ -8,8 +8,10 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-pub(crate) use self::device::BlkArgs;
+pub(crate) use self::device::{BlkArgs, ExecArgs, NetArgs, SwitchArgs, UplinkArgs};
 pub(crate) use self::machine::{DEFAULT_WINDOW, MachineArgs, RestartChoice};
+pub(crate) use self::values::{DiskSpec, ImageFormat};
+use crate::net_options::{Link, Macs, Vlans};
 use crate::size::Size;
 
 /// Virtio devices whose emulation runs in a VM of its own.
@@ -35,6 +37,12 @@ pub(crate) enum Command {
     Restart(RestartArgs),
     /// Change the size of a running device's disk
     Resize(ResizeArgs),
+    /// Change what the driver VM of a running device may ask for
+    Limit(LiveLimitArgs),
+    /// Change the state of a running network device's link
+    Link(LinkArgs),
+    /// Change what a running network device lets pass
+    Filter(FilterArgs),
     /// Test whether this host can serve devices, with a remedy for each shortcoming; exit code 0 only if it can
     Check(CheckArgs),
 }
@@ -42,8 +50,14 @@ pub(crate) enum Command {
 /// The device classes.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Device {
-    /// A virtio block device backed by a raw image file or a block device
+    /// A virtio block device backed by an image file or a block device
     Blk(Box<BlkArgs>),
+    /// A virtio network device
+    Net(Box<NetArgs>),
+    /// Several virtio network devices, connected to each other inside the appliance VM
+    Switch(Box<SwitchArgs>),
+    /// A device emulated by any program that speaks vhost-user
+    Exec(Box<ExecArgs>),
 }
 
 /// Which run a command is about, and how it answers.
@@ -99,6 +113,58 @@ pub(crate) struct ResizeArgs {
     /// Cut the file off if it is larger; what lies behind the new end is lost
     #[arg(long)]
     pub(crate) shrink: bool,
+}
+
+/// Options of `vvu limit`.
+#[derive(Debug, Args)]
+pub(crate) struct LiveLimitArgs {
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+
+    /// Number of the port, from 0
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) port: u8,
+
+    /// Requests, or packets both ways, that pass in a second; 0 is no limit [default: as it is]
+    #[arg(long, value_name = "N", required_unless_present = "bandwidth")]
+    pub(crate) iops: Option<u64>,
+
+    /// Bytes that pass in a second; K, M, G, T are powers of 1024; 0 is no limit [default: as it is]
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) bandwidth: Option<Size>,
+}
+
+/// Options of `vvu link`.
+#[derive(Debug, Args)]
+pub(crate) struct LinkArgs {
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+
+    /// The state wanted
+    pub(crate) state: Link,
+
+    /// Number of the port, from 0
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) port: u8,
+}
+
+/// Options of `vvu filter`.
+#[derive(Debug, Args)]
+pub(crate) struct FilterArgs {
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+
+    /// Number of the port, from 0
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) port: u8,
+
+    /// Source addresses that the driver VM may send from: MAC;MAC or any [default: as it is]
+    #[arg(long, value_name = "MAC;MAC", required_unless_present = "vlans")]
+    pub(crate) macs: Option<Macs>,
+
+    /// VLANs that pass, 0 being frames without a tag: N;N or any [default: as it is]
+    #[arg(long, value_name = "N;N")]
+    pub(crate) vlans: Option<Vlans>,
 }
 
 /// Options of `vvu check`.
@@ -158,7 +224,9 @@ mod tests {
             ["--serial", "with space"],
             ["--serial", ""],
             ["--accel", "hvf"],
-            ["--format", "qcow2"],
+            ["--format", "vmdk"],
+            ["--backing", "/no/format"],
+            ["--iops", "-1"],
             ["--restart", "sometimes"],
             ["--restart-limit", "0/60"],
         ] {

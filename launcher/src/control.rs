@@ -1,4 +1,4 @@
-//! The words of the control socket, by which `vvu status`, `upgrade`, `restart` and `resize` reach a run.
+//! The words of the control socket, by which `vvu status`, `upgrade`, `restart` and the others reach a run.
 //!
 //! Both sides send JSON objects, one a line. The operator's side sends a [`Request`] and gets any number of
 //! [`Reply::Progress`] and then one other [`Reply`]; then it may send the next one. Closing the connection before that
@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::live::Settings;
 use crate::supervisor::{ApplianceId, PortId};
 
 /// Longest line of either side in bytes, without its end: a path of 4096 bytes that is all escapes fits.
@@ -40,6 +41,34 @@ pub(crate) enum Request {
         /// Whether it may be smaller than now.
         shrink: bool,
     },
+    /// Other limits of a port; what is not named stays as it is.
+    Limit {
+        /// The port.
+        #[serde(default)]
+        port: PortId,
+        /// Requests, or packets both ways, in a second; 0 is no limit.
+        operations_per_second: Option<u64>,
+        /// Bytes in a second; 0 is no limit.
+        bytes_per_second: Option<u64>,
+    },
+    /// Another state of a network device's link.
+    Link {
+        /// The port.
+        #[serde(default)]
+        port: PortId,
+        /// Whether frames pass.
+        up: bool,
+    },
+    /// Another filter of a network device; what is not named stays as it is.
+    Filter {
+        /// The port.
+        #[serde(default)]
+        port: PortId,
+        /// Source addresses that pass; all if there are none.
+        macs: Option<Vec<String>>,
+        /// VLANs that pass; all if there are none.
+        vlans: Option<Vec<u16>>,
+    },
 }
 
 /// What a run answers; told apart by `reply`.
@@ -70,6 +99,13 @@ pub(crate) enum Reply {
         old_bytes: u64,
         /// Its size now, in bytes.
         new_bytes: u64,
+    },
+    /// The settings of a port have changed, also for later appliance VMs.
+    Changed {
+        /// The port.
+        port: PortId,
+        /// All its settings now.
+        settings: Settings,
     },
     /// It was not done.
     Failed {
@@ -153,6 +189,12 @@ pub(crate) struct PortStatus {
     pub(crate) socket: String,
     /// Queues, or queue pairs of a network device.
     pub(crate) queues: u16,
+    /// MAC address of a network device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) mac: Option<String>,
+    /// What can be changed while it runs; none for a program's device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) settings: Option<Settings>,
     /// Process id of its bridge.
     pub(crate) bridge: Option<u32>,
     /// The bridge's state in words.
@@ -186,6 +228,15 @@ mod tests {
             (
                 r#"{"command":"resize","size_bytes":512,"shrink":true}"#,
                 Request::Resize { size_bytes: 512, shrink: true },
+            ),
+            (
+                r#"{"command":"limit","operations_per_second":100}"#,
+                Request::Limit { port: PortId(0), operations_per_second: Some(100), bytes_per_second: None },
+            ),
+            (r#"{"command":"link","port":1,"up":false}"#, Request::Link { port: PortId(1), up: false }),
+            (
+                r#"{"command":"filter","macs":[],"vlans":[0,7]}"#,
+                Request::Filter { port: PortId(0), macs: Some(vec![]), vlans: Some(vec![0, 7]) },
             ),
         ];
         for (text, request) in cases {

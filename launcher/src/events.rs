@@ -72,6 +72,18 @@ pub(crate) struct PortFacts {
     pub(crate) uuid: String,
     /// Queues, or queue pairs of a network device.
     pub(crate) queues: u16,
+    /// MAC address of a network device.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) mac: Option<String>,
+}
+
+/// A byte stream between the host and the back-end.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(crate) struct ChannelFacts {
+    /// Its name.
+    pub(crate) name: String,
+    /// Absolute path of the socket, or of a link to it.
+    pub(crate) path: String,
 }
 
 /// A disk of the appliance VM.
@@ -154,6 +166,10 @@ pub(crate) enum Event {
         pids: Pids,
         /// When each step was reached.
         timings_ms: TimingsMs,
+        /// Where it is served.
+        ports: Vec<PortFacts>,
+        /// Byte streams to the back-end.
+        channels: Vec<ChannelFacts>,
         /// Ready-to-paste configuration for each VMM.
         vmms: Vec<VmmLines>,
     },

@@ -1,13 +1,14 @@
 //! The processes of a run: a bridge for each port and the appliance VMs, of which there are two while one replaces the other.
 //!
 //! Each bridge has a directory of its own in the runtime directory. Each appliance VM has files there, which vanish with it: the
-//! QMP socket, which QEMU makes, and a FIFO that is QEMU's standard input, and so the serial console's.
+//! QMP socket and those of the channels, which QEMU makes, a FIFO that is QEMU's standard input, and so the serial console's,
+//! and its initial RAM file system if that is not the image's.
 
 use std::collections::BTreeMap;
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::future::{Future, poll_fn};
 use std::os::unix::fs::DirBuilderExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::process::{ExitStatus, Stdio};
 use std::task::Poll;
@@ -24,9 +25,9 @@ use crate::events::Source;
 use crate::inherit::keep_open;
 use crate::notify::NotifySocket;
 use crate::output::Output;
-use crate::plan::{Machine, Plan, Port};
+use crate::plan::{MAX_CHANNELS, Machine, Plan, Port};
 use crate::programs::ApplianceFiles;
-use crate::qemu_args::{ApplianceVm, BRIDGE_SOCKETS, CONFIG_FILE, port_dir, qmp_socket};
+use crate::qemu_args::{ApplianceVm, BRIDGE_SOCKETS, CONFIG_FILE, channel_socket, port_dir, qmp_socket};
 use crate::runtime_dir::RuntimeDir;
 use crate::supervisor::{APPLIANCE_GRACE, ApplianceId, PortId};
 
@@ -108,6 +109,10 @@ impl<'a> Fleet<'a> {
         files: &ApplianceFiles,
     ) -> anyhow::Result<()> {
         let machine = &plan.machine;
+        let initrd = match plan.overlay {
+            Some(_) => format!("{}/{}", self.directory.text(), initrd_file(id)),
+            None => files.initrd.clone(),
+        };
         let vm = ApplianceVm {
             accel: machine.accel,
             memory: machine.memory,
@@ -117,10 +122,15 @@ impl<'a> Fleet<'a> {
             append: machine.append.as_deref(),
             runtime_dir: self.directory.text(),
             kernel: &files.kernel,
-            initrd: &files.initrd,
+            initrd: &initrd,
             disks: &plan.disks,
+            nic: plan.nic.as_ref(),
+            channels: &plan.channels,
         };
         self.write_config(plan)?;
+        if let Some(overlay) = &plan.overlay {
+            overlay.append_to(Path::new(&files.initrd), Path::new(&initrd))?;
+        }
         let console = new_fifo(&self.console(id))?;
         let mut command = Command::new(&machine.qemu);
         command.args(vm.arguments()).env_remove("NOTIFY_SOCKET").stdin(console);
@@ -227,12 +237,19 @@ impl<'a> Fleet<'a> {
         self.directory.path().join(qmp_socket(id))
     }
 
+    /// Socket of an appliance VM's channel; they are counted from 0.
+    pub(crate) fn channel(&self, channel: usize, id: ApplianceId) -> PathBuf {
+        self.directory.path().join(channel_socket(channel, id))
+    }
+
     fn console(&self, id: ApplianceId) -> PathBuf {
         self.directory.path().join(format!("console-{id}.in"))
     }
 
     fn remove_files(&self, id: ApplianceId) {
-        for path in [self.qmp(id), self.console(id)] {
+        let initrd = self.directory.path().join(initrd_file(id));
+        let channels = (0..MAX_CHANNELS).map(|channel| self.channel(channel, id));
+        for path in [self.qmp(id), self.console(id), initrd].into_iter().chain(channels) {
             // What is left, and what QEMU has removed itself, goes with the directory.
             let _ = std::fs::remove_file(path);
         }
@@ -269,8 +286,13 @@ impl<'a> Fleet<'a> {
     }
 }
 
+/// Name of an appliance VM's initial RAM file system in the runtime directory, if it is not that of the image.
+fn initrd_file(id: ApplianceId) -> String {
+    format!("initrd-{id}")
+}
+
 /// A new FIFO, open in both directions so that neither end waits for the other.
-fn new_fifo(path: &std::path::Path) -> anyhow::Result<File> {
+fn new_fifo(path: &Path) -> anyhow::Result<File> {
     mknodat(CWD, path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)
         .map_err(std::io::Error::from)
         .and_then(|()| OpenOptions::new().read(true).write(true).open(path))

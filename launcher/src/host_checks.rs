@@ -7,7 +7,7 @@ use rustix::process::{Resource, getrlimit};
 use serde::Serialize;
 
 use crate::accel::KvmState;
-use crate::image::Image;
+use crate::image::{Expected, Image};
 use crate::probe::{MIN_VERSION, QemuFacts, REMEDY};
 use crate::programs::ApplianceFiles;
 use crate::qemu_args::DiskIo;
@@ -197,7 +197,7 @@ pub(crate) fn scratch_image() -> anyhow::Result<(tempfile::NamedTempFile, Image)
     use anyhow::Context;
     let file = tempfile::NamedTempFile::new().context("cannot create a temporary file; set TMPDIR")?;
     file.as_file().set_len(crate::size::MIB).context("cannot write a temporary file; set TMPDIR")?;
-    let image = Image::check(file.path(), false, false)?;
+    let image = Image::check(file.path(), false, Expected::Raw)?;
     Ok((file, image))
 }
 

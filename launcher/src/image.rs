@@ -1,4 +1,6 @@
-//! The disk image: what the operator named, checked before anything is started.
+//! A disk image: what the operator named, checked before anything is started.
+
+mod qcow2;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
@@ -14,12 +16,12 @@ const FILE_PHYSICAL_BLOCK_BYTES: u32 = 4096;
 /// Largest block size of a device that is passed on, in bytes; larger ones (none is known) are served as this.
 const MAX_BLOCK_BYTES: u32 = 32 * 1024;
 
-/// Bytes read from the start of the image to recognise a container format.
-const MAGIC_AREA_BYTES: usize = 72;
+/// Bytes read from the start of an image: what tells a container format, and how long a qcow2 image can become.
+const HEAD_LEN: usize = qcow2::HEADER_LEN;
 
 /// Beginnings of the formats that hold a disk inside a file: offset, bytes, name as `qemu-img` knows it.
 const CONTAINER_MAGICS: [(usize, &[u8], &str); 6] = [
-    (0, b"QFI\xfb", "qcow2"),
+    (0, qcow2::MAGIC, "qcow2"),
     (0, b"QED\0", "qed"),
     (0, b"KDMV", "vmdk"),
     (0, b"vhdxfile", "vhdx"),
@@ -34,6 +36,17 @@ pub(crate) enum ImageKind {
     File,
     /// A block device.
     BlockDevice,
+}
+
+/// What an image is expected to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Expected {
+    /// The bytes of a disk; what looks like a container is a mistake.
+    Raw,
+    /// Whatever it is, its bytes are served.
+    Anything,
+    /// A qcow2 image.
+    Qcow2,
 }
 
 /// An image that can be served.
@@ -86,15 +99,27 @@ pub(crate) enum ImageError {
         size: u64,
     },
     /// A container format where a raw image is expected.
-    #[error(
-        "image {path} looks like {format}, and only raw images are served; convert it with: \
-         qemu-img convert -O raw {path} disk.img (or add --format raw to serve its bytes as they are)"
-    )]
+    #[error("image {path} looks like {format}; {}", container_remedy(path, format))]
     Container {
         /// The image.
         path: PathBuf,
         /// The format, as `qemu-img` names it.
         format: &'static str,
+    },
+    /// No qcow2 image where one is expected.
+    #[error(
+        "image {0} is no qcow2 image of version 2 or 3; name its format with --format, or with --backing FORMAT:PATH"
+    )]
+    NotQcow2(PathBuf),
+    /// The file cannot be made longer.
+    #[error("image {path} cannot be made {length} bytes long, so that it can grow while it is served")]
+    NotGrowable {
+        /// The image.
+        path: PathBuf,
+        /// The length in bytes.
+        length: u64,
+        /// What the system said.
+        source: io::Error,
     },
     /// The path cannot be written in QEMU's JSON.
     #[error("image path {0:?} is not valid UTF-8; rename or link the image")]
@@ -110,11 +135,11 @@ pub(crate) enum ImageError {
 }
 
 impl Image {
-    /// Checks the image at `path`. `raw_is_explicit` says that the operator wants a container's bytes served as they are.
+    /// Checks the image at `path`.
     ///
     /// # Errors
     /// [`ImageError`], one line with the remedy.
-    pub(crate) fn check(path: &Path, read_only: bool, raw_is_explicit: bool) -> Result<Self, ImageError> {
+    pub(crate) fn check(path: &Path, read_only: bool, expected: Expected) -> Result<Self, ImageError> {
         let owned = || path.to_owned();
         let system = |source| ImageError::System { path: path.to_owned(), source };
         let absolute = std::path::absolute(path).map_err(system)?;
@@ -134,14 +159,19 @@ impl Image {
                 .open(path)
                 .map_err(|error| open_error(path, error, ImageError::NotWritable))?;
         }
-        let format = container_format(&mut file).map_err(system)?;
-        if let Some(format) = format.filter(|_| !raw_is_explicit) {
-            return Err(ImageError::Container { path: owned(), format });
+        let head = head(&mut file).map_err(system)?;
+        match (expected, container_format(&head)) {
+            (Expected::Raw, Some(format)) => return Err(ImageError::Container { path: owned(), format }),
+            (Expected::Qcow2, _) if qcow2::full_length(&head).is_none() => return Err(ImageError::NotQcow2(owned())),
+            _ => {}
         }
         let size_bytes = file.seek(SeekFrom::End(0)).map_err(system)?;
         match size_bytes {
             0 => return Err(ImageError::Empty(owned())),
-            size if size % u64::from(SECTOR_BYTES) != 0 => return Err(ImageError::OddSize { path: owned(), size }),
+            // The disk of a qcow2 image is not that long anyway.
+            size if size % u64::from(SECTOR_BYTES) != 0 && expected != Expected::Qcow2 => {
+                return Err(ImageError::OddSize { path: owned(), size });
+            }
             _ => {}
         }
         let (logical_block_bytes, physical_block_bytes) = match kind {
@@ -149,6 +179,42 @@ impl Image {
             ImageKind::BlockDevice => device_block_sizes(metadata.rdev()),
         };
         Ok(Self { path: text, kind, size_bytes, logical_block_bytes, physical_block_bytes, read_only })
+    }
+}
+
+impl Image {
+    /// Makes a qcow2 file so long that all of its disk can be written. Snapshots in it need what is allocated now as well.
+    /// A block device is as long as it is.
+    ///
+    /// # Errors
+    /// [`ImageError::NotGrowable`].
+    pub(crate) fn make_room(&mut self) -> Result<(), ImageError> {
+        let system = |source| ImageError::System { path: PathBuf::from(&self.path), source };
+        let mut file = File::open(&self.path).map_err(system)?;
+        let head = head(&mut file).map_err(system)?;
+        let full = qcow2::full_length(&head).ok_or_else(|| ImageError::NotQcow2(PathBuf::from(&self.path)))?;
+        self.grow(full)
+    }
+
+    /// Makes a file at least `length` bytes long; what is added takes no space. A block device is as long as it is.
+    ///
+    /// # Errors
+    /// [`ImageError::NotGrowable`].
+    pub(crate) fn grow(&mut self, length: u64) -> Result<(), ImageError> {
+        if self.kind == ImageKind::File && self.size_bytes < length && !self.read_only {
+            let grown = OpenOptions::new().write(true).open(&self.path).and_then(|file| file.set_len(length));
+            grown.map_err(|source| ImageError::NotGrowable { path: PathBuf::from(&self.path), length, source })?;
+            self.size_bytes = length;
+        }
+        Ok(())
+    }
+}
+
+fn container_remedy(path: &Path, format: &str) -> String {
+    let raw = "--format raw to serve its bytes as they are";
+    match format {
+        "qcow2" => format!("add --format qcow2 to serve the disk in it, or {raw}"),
+        _ => format!("convert it with: qemu-img convert -O qcow2 {} disk.qcow2 (or add {raw})", path.display()),
     }
 }
 
@@ -160,14 +226,18 @@ fn open_error(path: &Path, error: io::Error, denied: fn(PathBuf) -> ImageError) 
     }
 }
 
-fn container_format(file: &mut File) -> io::Result<Option<&'static str>> {
-    let mut head = Vec::with_capacity(MAGIC_AREA_BYTES);
-    file.take(MAGIC_AREA_BYTES as u64).read_to_end(&mut head)?;
-    let found = CONTAINER_MAGICS
+/// The first bytes of an image, fewer if it has fewer.
+fn head(file: &mut File) -> io::Result<Vec<u8>> {
+    let mut head = Vec::with_capacity(HEAD_LEN);
+    file.take(HEAD_LEN as u64).read_to_end(&mut head)?;
+    Ok(head)
+}
+
+fn container_format(head: &[u8]) -> Option<&'static str> {
+    let magic = CONTAINER_MAGICS
         .iter()
-        .find(|(offset, magic, _)| head.get(*offset..).is_some_and(|rest| rest.starts_with(magic)))
-        .map(|(_, _, format)| *format);
-    Ok(found)
+        .find(|(offset, magic, _)| head.get(*offset..).is_some_and(|rest| rest.starts_with(magic)));
+    magic.map(|(_, _, format)| *format)
 }
 
 /// Logical and physical block size of a block device, from sysfs; a partition's sizes are those of its disk.
@@ -200,7 +270,7 @@ mod tests {
     #[test]
     fn a_raw_file_is_taken_with_its_size() {
         let file = file_with(b"", 1 << 20);
-        let image = Image::check(file.path(), false, false).unwrap();
+        let image = Image::check(file.path(), false, Expected::Raw).unwrap();
         assert_eq!((image.kind, image.size_bytes), (ImageKind::File, 1 << 20));
         assert_eq!((image.logical_block_bytes, image.physical_block_bytes), (512, 4096));
     }
@@ -211,23 +281,48 @@ mod tests {
             let mut bytes = vec![0; offset];
             bytes.extend_from_slice(magic);
             let file = file_with(&bytes, 1 << 20);
-            let refusal = Image::check(file.path(), false, false).unwrap_err();
+            let refusal = Image::check(file.path(), false, Expected::Raw).unwrap_err();
             assert!(matches!(refusal, ImageError::Container { format: found, .. } if found == format));
-            assert!(Image::check(file.path(), false, true).is_ok(), "{format}");
+            assert!(Image::check(file.path(), false, Expected::Anything).is_ok(), "{format}");
         }
     }
 
     #[test]
+    fn a_qcow2_image_is_made_long_enough_to_grow() {
+        let mut header = [0; HEAD_LEN];
+        header[..8].copy_from_slice(b"QFI\xfb\0\0\0\x02");
+        header[23] = 16;
+        header[24..32].copy_from_slice(&(1_u64 << 30).to_be_bytes());
+        let file = file_with(&header, 196_616);
+        let mut image = Image::check(file.path(), false, Expected::Qcow2).unwrap();
+        image.make_room().unwrap();
+        assert!(image.size_bytes > 1 << 30);
+        assert_eq!(file.as_file().metadata().unwrap().len(), image.size_bytes);
+        let (length, mut served) = (image.size_bytes, Image::check(file.path(), true, Expected::Qcow2).unwrap());
+        file.as_file().set_len(196_616).unwrap();
+        served.make_room().unwrap();
+        assert_eq!(file.as_file().metadata().unwrap().len(), 196_616, "nothing is done to what is only read");
+        file.as_file().set_len(2 * length).unwrap();
+        Image::check(file.path(), false, Expected::Qcow2).unwrap().make_room().unwrap();
+        assert_eq!(file.as_file().metadata().unwrap().len(), 2 * length, "it is never made shorter");
+        let raw = file_with(b"", 4096);
+        assert!(matches!(Image::check(raw.path(), false, Expected::Qcow2), Err(ImageError::NotQcow2(_))));
+    }
+
+    #[test]
     fn a_short_file_is_no_container_and_no_disk() {
-        assert!(matches!(Image::check(file_with(b"QFI", 3).path(), false, false), Err(ImageError::OddSize { .. })));
-        assert!(matches!(Image::check(file_with(b"", 0).path(), false, false), Err(ImageError::Empty(_))));
+        assert!(matches!(
+            Image::check(file_with(b"QFI", 3).path(), false, Expected::Raw),
+            Err(ImageError::OddSize { .. })
+        ));
+        assert!(matches!(Image::check(file_with(b"", 0).path(), false, Expected::Raw), Err(ImageError::Empty(_))));
     }
 
     #[test]
     fn what_is_no_disk_is_refused_without_opening_it() {
         let directory = tempfile::tempdir().unwrap();
-        assert!(matches!(Image::check(directory.path(), true, false), Err(ImageError::Directory(_))));
-        assert!(matches!(Image::check(&directory.path().join("no"), true, false), Err(ImageError::Missing(_))));
-        assert!(matches!(Image::check(Path::new("/dev/null"), true, false), Err(ImageError::Kind(_))));
+        assert!(matches!(Image::check(directory.path(), true, Expected::Raw), Err(ImageError::Directory(_))));
+        assert!(matches!(Image::check(&directory.path().join("no"), true, Expected::Raw), Err(ImageError::Missing(_))));
+        assert!(matches!(Image::check(Path::new("/dev/null"), true, Expected::Raw), Err(ImageError::Kind(_))));
     }
 }

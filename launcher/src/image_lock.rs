@@ -106,10 +106,11 @@ fn lock_as_reader(file: &File) -> io::Result<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::image::Expected;
 
     fn image(file: &tempfile::NamedTempFile, read_only: bool) -> Image {
         file.as_file().set_len(4096).unwrap();
-        Image::check(file.path(), read_only, false).unwrap()
+        Image::check(file.path(), read_only, Expected::Raw).unwrap()
     }
 
     #[test]

@@ -11,6 +11,7 @@
 //! that can serve, 1 for everything else, 2 for arguments that do not parse.
 
 mod accel;
+mod channel_links;
 mod check;
 mod children;
 mod cli;
@@ -23,13 +24,17 @@ mod host_checks;
 mod image;
 mod image_lock;
 mod inherit;
+mod live;
 mod log_files;
 mod log_follow;
+mod mac;
 mod manifest;
+mod net_options;
 mod notify;
 mod ofd_lock;
 mod operator;
 mod output;
+mod overlay;
 mod parent_death;
 mod plan;
 mod probe;
@@ -63,10 +68,16 @@ fn main() -> ExitCode {
     let started = Instant::now();
     let result = match Cli::parse().command {
         Command::Run(Device::Blk(args)) => run(|| Draft::blk(&args), &args.machine, started),
+        Command::Run(Device::Net(args)) => run(|| Draft::net(&args), &args.machine, started),
+        Command::Run(Device::Switch(args)) => run(|| Draft::switch(&args), &args.machine, started),
+        Command::Run(Device::Exec(args)) => run(|| Draft::exec(&args), &args.machine, started),
         Command::Status(args) => runtime().and_then(|runtime| runtime.block_on(operator::status(&args.run))),
         Command::Upgrade(args) => runtime().and_then(|runtime| runtime.block_on(operator::upgrade(&args))),
         Command::Restart(args) => runtime().and_then(|runtime| runtime.block_on(operator::restart(&args.run))),
         Command::Resize(args) => runtime().and_then(|runtime| runtime.block_on(operator::resize(&args))),
+        Command::Limit(args) => runtime().and_then(|runtime| runtime.block_on(operator::limit(&args))),
+        Command::Link(args) => runtime().and_then(|runtime| runtime.block_on(operator::link(&args))),
+        Command::Filter(args) => runtime().and_then(|runtime| runtime.block_on(operator::filter(&args))),
         Command::Check(args) => runtime().and_then(|runtime| runtime.block_on(check::check(&args))),
     };
     result.unwrap_or_else(|error| {

@@ -10,12 +10,16 @@ use anyhow::{Context, bail};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Lines, Take};
 use tokio::net::UnixStream;
 use tokio::net::unix::OwnedReadHalf;
+use vvu_appliance_config::Limits;
 
-use crate::cli::{ResizeArgs, RunArgs, UpgradeArgs};
+use crate::cli::{FilterArgs, LinkArgs, LiveLimitArgs, ResizeArgs, RunArgs, UpgradeArgs};
 use crate::control::{self, Reply, Request, Status};
+use crate::live::Settings;
 use crate::log_follow::printable;
+use crate::net_options::{Link, Macs};
 use crate::output::in_milliseconds;
 use crate::size::Size;
+use crate::supervisor::PortId;
 
 /// Longest wait for the answer to what is done at once.
 const SHORT_LIMIT: Duration = Duration::from_secs(60);
@@ -50,6 +54,23 @@ pub(crate) async fn restart(run: &RunArgs) -> anyhow::Result<ExitCode> {
 /// `vvu resize`.
 pub(crate) async fn resize(args: &ResizeArgs) -> anyhow::Result<ExitCode> {
     ask(&args.run, &Request::Resize { size_bytes: args.size.0, shrink: args.shrink }, SHORT_LIMIT).await
+}
+
+/// `vvu limit`.
+pub(crate) async fn limit(args: &LiveLimitArgs) -> anyhow::Result<ExitCode> {
+    let (port, bytes_per_second) = (PortId(args.port), args.bandwidth.map(|size| size.0));
+    ask(&args.run, &Request::Limit { port, operations_per_second: args.iops, bytes_per_second }, SHORT_LIMIT).await
+}
+
+/// `vvu link`.
+pub(crate) async fn link(args: &LinkArgs) -> anyhow::Result<ExitCode> {
+    ask(&args.run, &Request::Link { port: PortId(args.port), up: args.state == Link::Up }, SHORT_LIMIT).await
+}
+
+/// `vvu filter`.
+pub(crate) async fn filter(args: &FilterArgs) -> anyhow::Result<ExitCode> {
+    let (macs, vlans) = (args.macs.as_ref().map(Macs::texts), args.vlans.as_ref().map(|vlans| vlans.0.clone()));
+    ask(&args.run, &Request::Filter { port: PortId(args.port), macs, vlans }, SHORT_LIMIT).await
 }
 
 async fn ask(run: &RunArgs, request: &Request, limit: Duration) -> anyhow::Result<ExitCode> {
@@ -89,7 +110,9 @@ fn print(reply: &Reply, json: bool) -> anyhow::Result<Option<ExitCode>> {
     let code = match reply {
         Reply::Progress { .. } => None,
         Reply::Failed { .. } => Some(ExitCode::FAILURE),
-        Reply::Status(_) | Reply::Replaced { .. } | Reply::Resized { .. } => Some(ExitCode::SUCCESS),
+        Reply::Status(_) | Reply::Replaced { .. } | Reply::Resized { .. } | Reply::Changed { .. } => {
+            Some(ExitCode::SUCCESS)
+        }
     };
     if json {
         write(io::stdout(), &(serde_json::to_string(reply)? + "\n"))?;
@@ -110,12 +133,36 @@ fn print(reply: &Reply, json: bool) -> anyhow::Result<Option<ExitCode>> {
         Reply::Resized { old_bytes, new_bytes } => {
             write(io::stdout(), &format!("resized from {} to {}\n", Size(*old_bytes), Size(*new_bytes)))?;
         }
+        Reply::Changed { port, settings } => {
+            write(io::stdout(), &format!("port {port}: {}\n", printable(&settings_text(settings))))?;
+        }
     }
     Ok(code)
 }
 
 fn write(mut stream: impl io::Write, text: &str) -> anyhow::Result<()> {
     stream.write_all(text.as_bytes()).context("cannot write the answer")
+}
+
+fn settings_text(settings: &Settings) -> String {
+    let Limits { operations_per_second, bytes_per_second } = settings.limits;
+    let number = |number: u64, text: String| if number == 0 { "no limit".to_owned() } else { text };
+    let mut text = format!(
+        "operations {}, bandwidth {}",
+        number(operations_per_second, format!("{operations_per_second}/s")),
+        number(bytes_per_second, format!("{}/s", Size(bytes_per_second)))
+    );
+    if let Some(up) = settings.link {
+        text.push_str(if up { ", link up" } else { ", link down" });
+    }
+    if let Some(filter) = &settings.filter {
+        let vlans: Vec<_> = filter.vlans.iter().map(u16::to_string).collect();
+        for (name, list) in [("macs", &filter.macs), ("vlans", &vlans)] {
+            let list = if list.is_empty() { "any".to_owned() } else { list.join(";") };
+            text.push_str(&format!(", {name} {list}"));
+        }
+    }
+    text
 }
 
 fn status_text(status: &Status) -> String {
@@ -132,6 +179,9 @@ fn status_text(status: &Status) -> String {
     for port in &status.ports {
         line("socket", port.socket.clone());
         line("bridge", format!("{} ({})", pid(port.bridge), port.text));
+        if let Some(settings) = &port.settings {
+            line("settings", settings_text(settings));
+        }
     }
     for (name, appliance) in [("appliance", &status.appliance), ("standby", &status.standby)] {
         if let Some(appliance) = appliance {

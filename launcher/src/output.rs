@@ -16,7 +16,7 @@ use std::time::Duration;
 use anyhow::Context;
 
 use crate::accel::Accel;
-use crate::events::{DiskFacts, Event, Pids, PortFacts, Source, Starting, TimingsMs};
+use crate::events::{ChannelFacts, DiskFacts, Event, Pids, PortFacts, Source, Starting, TimingsMs};
 use crate::log_files::LogFiles;
 use crate::size::Size;
 use crate::supervisor::ApplianceId;
@@ -140,7 +140,9 @@ fn text_of(event: &Event) -> (String, String) {
             let which = if port.0 > 0 { format!("port {port}: ") } else { String::new() };
             (String::new(), format!("vvu: {:>6.2} s  {which}{text}\n", seconds(*at_ms)))
         }
-        Event::Ready { socket, pids, timings_ms, vmms } => (ready_text(socket, pids, timings_ms, vmms), String::new()),
+        Event::Ready { ports, channels, pids, timings_ms, vmms, .. } => {
+            (ready_text(ports, channels, pids, timings_ms, vmms), String::new())
+        }
         Event::Active { appliance, pause_us } => (String::new(), active_text(*appliance, *pause_us)),
         Event::ApplianceLost { reason, last_lines, restart, .. }
         | Event::BridgeLost { reason, last_lines, restart } => {
@@ -199,17 +201,29 @@ fn lost_text(message: &str, consequence: &str, last_lines: &[String]) -> String 
     text
 }
 
-fn ready_text(socket: &str, pids: &Pids, timings: &TimingsMs, vmms: &[VmmLines]) -> String {
+fn ready_text(
+    ports: &[PortFacts],
+    channels: &[ChannelFacts],
+    pids: &Pids,
+    timings: &TimingsMs,
+    vmms: &[VmmLines],
+) -> String {
+    let sockets: Vec<_> = ports.iter().map(|port| port.socket.as_str()).collect();
     let mut text = format!(
-        "ready in {:.2} s: {socket}\n  bridge listening at {:.2} s (pid {}), QEMU started at {:.2} s (pid {})\n",
+        "ready in {:.2} s: {}\n  bridge listening at {:.2} s (pid {}), QEMU started at {:.2} s (pid {})\n",
         seconds(timings.ready),
+        sockets.join(", "),
         seconds(timings.bridge_listening),
         pids.bridge,
         seconds(timings.qemu_started),
         pids.qemu,
     );
+    for ChannelFacts { name, path } in channels {
+        text.push_str(&format!("  channel {name}: {path}\n"));
+    }
     for entry in vmms {
-        text.push_str(&format!("\n{} (shared memory: {}):\n", entry.vmm, entry.memory));
+        let port = if ports.len() > 1 { format!(", port {}", entry.port) } else { String::new() };
+        text.push_str(&format!("\n{}{port} (shared memory: {}):\n", entry.vmm, entry.memory));
         text.extend(entry.lines.lines().map(|line| format!("  {line}\n")));
     }
     text.push_str("\nCtrl-C ends the device.\n");
@@ -255,15 +269,21 @@ mod tests {
 
     #[test]
     fn only_the_lines_to_paste_go_to_standard_output() {
-        let lines = ["QEMU", "Firecracker"].map(|vmm| VmmLines { vmm, memory: "shared", lines: "-m 2G".into() });
+        let line = |vmm| VmmLines { port: PortId(0), vmm, memory: "shared", lines: "-m 2G".into() };
+        let socket = "/run/d.sock".to_owned();
+        let port = PortFacts { port: PortId(0), socket: socket.clone(), uuid: String::new(), queues: 1, mac: None };
+        let channel = ChannelFacts { name: "qmp".into(), path: "/run/d.sock.qmp".into() };
         let ready = Event::Ready {
-            socket: "/run/d.sock".into(),
+            socket,
+            ports: vec![port],
+            channels: vec![channel],
             pids: Pids { vvu: 1, bridge: 2, qemu: 3 },
             timings_ms: TimingsMs { bridge_listening: 30, qemu_started: 40, ready: 2500 },
-            vmms: lines.to_vec(),
+            vmms: ["QEMU", "Firecracker"].map(line).to_vec(),
         };
         let (stdout, stderr) = text_of(&ready);
         assert!(stdout.starts_with("ready in 2.50 s: /run/d.sock\n"), "{stdout}");
+        assert!(stdout.contains("channel qmp: /run/d.sock.qmp\n"), "{stdout}");
         for vmm in ["QEMU", "Firecracker"] {
             assert!(stdout.contains(vmm), "{vmm}");
         }

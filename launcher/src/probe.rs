@@ -198,6 +198,7 @@ fn version_of(greeting: &Value) -> Option<Version> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::image::Expected;
 
     fn facts() -> QemuFacts {
         QemuFacts {
@@ -240,7 +241,7 @@ mod tests {
     fn image() -> Image {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(512).unwrap();
-        Image::check(file.path(), true, false).unwrap()
+        Image::check(file.path(), true, Expected::Raw).unwrap()
     }
 
     #[tokio::test]

@@ -5,11 +5,11 @@
 //! value is doubled, which is QEMU's escape.
 
 use serde_json::{Value, json};
-use vvu_appliance_config::FW_CFG_NAME;
+use vvu_appliance_config::{CHANNEL_PORT_PREFIX, FW_CFG_NAME};
 
 use crate::accel::Accel;
 use crate::image::{Image, ImageKind};
-use crate::plan::{Disk, Port};
+use crate::plan::{Channel, Disk, Nic, Port};
 use crate::size::Size;
 use crate::supervisor::{ApplianceId, PortId};
 
@@ -44,9 +44,21 @@ pub(crate) fn qmp_socket(appliance: ApplianceId) -> String {
     format!("qmp-{appliance}.sock")
 }
 
-/// The device models that the appliance VM is built of.
-pub(crate) const REQUIRED_DEVICES: [&str; 4] =
-    ["vhost-user-test-device-pci", "ivshmem-doorbell", "intel-iommu", "virtio-blk-pci"];
+/// Name of the socket of an appliance VM's channel in the runtime directory; channels are counted from 0.
+pub(crate) fn channel_socket(channel: usize, appliance: ApplianceId) -> String {
+    format!("ch{channel}-{appliance}.sock")
+}
+
+/// The device models that an appliance VM can be built of.
+pub(crate) const REQUIRED_DEVICES: [&str; 7] = [
+    "vhost-user-test-device-pci",
+    "ivshmem-doorbell",
+    "intel-iommu",
+    "virtio-blk-pci",
+    "virtio-net-pci",
+    "virtio-serial-pci",
+    "virtserialport",
+];
 
 /// Virtio device id of the control device: an id that QEMU knows and no Linux driver claims.
 const CONTROL_VIRTIO_ID: u32 = 21;
@@ -105,6 +117,10 @@ pub(crate) struct ApplianceVm<'a> {
     pub(crate) initrd: &'a str,
     /// Disks.
     pub(crate) disks: &'a [Disk],
+    /// Network card.
+    pub(crate) nic: Option<&'a Nic>,
+    /// Channels.
+    pub(crate) channels: &'a [Channel],
 }
 
 impl ApplianceVm<'_> {
@@ -118,6 +134,8 @@ impl ApplianceVm<'_> {
             self.push_device_set(&mut arguments, PortId(number), port);
         }
         self.push_disks(&mut arguments);
+        self.push_nic(&mut arguments);
+        self.push_channels(&mut arguments);
         arguments
     }
 
@@ -203,6 +221,35 @@ impl ApplianceVm<'_> {
         }
     }
 
+    fn push_nic(&self, arguments: &mut Vec<String>) {
+        let Some(nic) = self.nic else { return };
+        // No boot ROM: it would only be looked for.
+        let card = json!({
+            "driver": "virtio-net-pci", "netdev": Nic::ID, "mac": nic.mac.to_string(), "disable-legacy": "on", "romfile": "",
+        });
+        push(arguments, &["-netdev", &nic.netdev, "-device", &card.to_string()]);
+    }
+
+    /// A virtio-serial port for each channel. QEMU listens, and takes one at a time.
+    fn push_channels(&self, arguments: &mut Vec<String>) {
+        if self.channels.is_empty() {
+            return;
+        }
+        // Port 0 is kept for a console.
+        let bus = json!({
+            "driver": "virtio-serial-pci", "id": "channels", "disable-legacy": "on", "max_ports": self.channels.len() + 1,
+        });
+        push(arguments, &["-device", &bus.to_string()]);
+        for (number, channel) in self.channels.iter().enumerate() {
+            let id = format!("channel-{number}");
+            let path = self.in_runtime_dir(&channel_socket(number, self.id));
+            let chardev = option("socket", &[("id", &id), ("path", &path), ("server", "on"), ("wait", "off")]);
+            let name = format!("{CHANNEL_PORT_PREFIX}{}", channel.name);
+            let port = json!({ "driver": "virtserialport", "bus": "channels.0", "chardev": id, "name": name });
+            push(arguments, &["-chardev", &chardev, "-device", &port.to_string()]);
+        }
+    }
+
     fn in_runtime_dir(&self, name: &str) -> String {
         format!("{}/{name}", self.runtime_dir)
     }
@@ -263,7 +310,7 @@ mod tests {
 
     fn port(vrings: u16) -> Port {
         let uuid = "6f1c1c0e-2b57-4a55-9d0f-0d6d1f7f3a11".to_owned();
-        Port { socket: "/run/d.sock".to_owned(), uuid, queues: vrings, vrings }
+        Port { socket: "/run/d.sock".to_owned(), uuid, queues: vrings, vrings, mac: None }
     }
 
     fn arguments(accel: Accel) -> Vec<String> {
@@ -271,7 +318,11 @@ mod tests {
     }
 
     fn arguments_of(accel: Accel, ports: &[Port], disks: &[Disk]) -> Vec<String> {
-        let vm = ApplianceVm {
+        vm(accel, ports, disks).arguments()
+    }
+
+    fn vm<'a>(accel: Accel, ports: &'a [Port], disks: &'a [Disk]) -> ApplianceVm<'a> {
+        ApplianceVm {
             accel,
             memory: Size(224 * MIB),
             cpus: 2,
@@ -282,8 +333,18 @@ mod tests {
             kernel: "/a/vmlinuz",
             initrd: "/a/initrd",
             disks,
-        };
-        vm.arguments()
+            nic: None,
+            channels: &[],
+        }
+    }
+
+    /// A machine with all that there can be.
+    fn full() -> Vec<String> {
+        let netdev = "tap,id=uplink,ifname=tap0".to_owned();
+        let nic = Nic { netdev, mac: "52:54:00:12:34:56".parse().unwrap(), can_be_shared: false };
+        let channels = ["control", "qmp"].map(|name| Channel { name: name.to_owned(), link: None });
+        let (ports, disks) = ([port(4)], [disk("one")]);
+        ApplianceVm { nic: Some(&nic), channels: &channels, ..vm(Accel::Tcg, &ports, &disks) }.arguments()
     }
 
     /// All values of an option, in order.
@@ -318,7 +379,7 @@ mod tests {
 
     #[test]
     fn every_device_is_among_the_ones_that_are_checked() {
-        let all = devices(&arguments(Accel::Tcg));
+        let all = devices(&full());
         let used: Vec<_> = all.iter().map(|device| device["driver"].as_str().unwrap()).collect();
         for required in REQUIRED_DEVICES {
             assert!(used.contains(&required), "{required} is checked but not used");
@@ -329,7 +390,10 @@ mod tests {
     fn each_appliance_has_a_qmp_socket_of_its_own() {
         let arguments = arguments(Accel::Tcg);
         assert_eq!(values(&arguments, "-qmp"), ["unix:/run/user/0/vvu/a,,b/qmp-3.sock,server=on,wait=off"]);
-        assert!(qmp_socket(ApplianceId(u32::MAX)).len() <= LONGEST_SOCKET_NAME.len());
+        let last = ApplianceId(u32::MAX);
+        for name in [qmp_socket(last), channel_socket(7, last), format!("{}/{DOORBELL_SOCKET}", port_dir(PortId(7)))] {
+            assert!(name.len() <= LONGEST_SOCKET_NAME.len(), "{name}");
+        }
     }
 
     #[test]
@@ -363,6 +427,20 @@ mod tests {
         );
         let config = "name=opt/org.vvu/appliance.json,file=/run/user/0/vvu/a,,b/appliance.json";
         assert_eq!(values(&arguments, "-fw_cfg"), [config]);
+    }
+
+    #[test]
+    fn the_network_card_and_the_channels_come_last() {
+        let arguments = full();
+        assert_eq!(values(&arguments, "-netdev"), ["tap,id=uplink,ifname=tap0"]);
+        let all = devices(&arguments);
+        let [card, bus, control, qmp] = &all[all.len() - 4..] else { panic!("{all:?}") };
+        assert_eq!((&card["driver"], &card["mac"]), (&"virtio-net-pci".into(), &"52:54:00:12:34:56".into()));
+        assert_eq!((&bus["driver"], &bus["max_ports"]), (&"virtio-serial-pci".into(), &3.into()));
+        assert_eq!((&control["chardev"], &control["name"]), (&"channel-0".into(), &"org.vvu.control".into()));
+        assert_eq!((&qmp["chardev"], &qmp["name"]), (&"channel-1".into(), &"org.vvu.qmp".into()));
+        let chardev = "socket,id=channel-1,path=/run/user/0/vvu/a,,b/ch1-3.sock,server=on,wait=off";
+        assert_eq!(values(&arguments, "-chardev").last(), Some(&chardev));
     }
 
     #[test]

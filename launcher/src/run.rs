@@ -11,22 +11,22 @@ mod starting;
 
 use std::collections::VecDeque;
 use std::future::pending;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use tokio::task::JoinHandle;
 
-use self::requests::Wanted;
+use self::requests::{Changed, Wanted};
+use crate::channel_links::ChannelLinks;
 use crate::cli::MachineArgs;
 use crate::control_socket::ControlSocket;
 use crate::ending::{Death, Ending};
-use crate::events::{Event, Pids, TimingsMs};
+use crate::events::{ChannelFacts, Event, Pids, TimingsMs};
 use crate::fleet::{Fleet, Member};
 use crate::log_follow::{Pass, RateLimit};
 use crate::notify::{Notice, NotifySocket};
 use crate::output::Output;
-use crate::plan::{Draft, Plan};
+use crate::plan::{Channel, Draft, Plan};
 use crate::restart_policy::Restarts;
 use crate::runtime_dir::RuntimeDir;
 use crate::signals::Signals;
@@ -68,6 +68,12 @@ async fn serve(plan: Plan, output: &Output, started: Instant) -> anyhow::Result<
     let mut fleet = Fleet::new(&directory, output);
     let notify = fleet.listen_to_bridges(&plan)?;
     let control = ControlSocket::bind(&plan.control)?;
+    let mut links = ChannelLinks::new(plan.channels.iter().filter_map(|channel| channel.link.clone()));
+    for (number, channel) in plan.channels.iter().enumerate() {
+        if let Some(link) = &channel.link {
+            links.lead(link, fleet.channel(number, ApplianceId(1)))?;
+        }
+    }
     output.event(&starting::event(&plan, &directory));
     let mut ports = Vec::new();
     for (number, port) in (0..).map(PortId).zip(&plan.ports) {
@@ -90,7 +96,8 @@ async fn serve(plan: Plan, output: &Output, started: Instant) -> anyhow::Result<
         inputs: VecDeque::new(),
         event_limit: RateLimit::new(now),
         wanted: None,
-        resizing: None,
+        changing: None,
+        links,
         bridge_listening_ms: 0,
         qemu_started_ms: 0,
         last_pause_us: None,
@@ -127,8 +134,9 @@ struct Run<'a> {
     event_limit: RateLimit,
     /// The replacement that an operator waits for.
     wanted: Option<Wanted>,
-    /// The change of the disk's size that is under way; it yields the new size if it was done.
-    resizing: Option<JoinHandle<Option<u64>>>,
+    /// The change of the device that is under way; it yields what has changed if it was done.
+    changing: Option<JoinHandle<Option<Changed>>>,
+    links: ChannelLinks,
     bridge_listening_ms: u64,
     qemu_started_ms: u64,
     last_pause_us: Option<u64>,
@@ -138,13 +146,26 @@ impl Run<'_> {
     async fn run(&mut self) -> anyhow::Result<Ending> {
         loop {
             while let Some(input) = self.inputs.pop_front() {
-                for action in self.supervisor.handle(input, Instant::now()) {
+                let actions = self.supervisor.handle(input, Instant::now());
+                self.lead_links();
+                for action in actions {
                     if let Some(ending) = self.perform(action) {
                         return Ok(ending);
                     }
                 }
             }
             self.wait().await?;
+        }
+    }
+
+    /// Lets the operator's links lead to the appliance VM in use.
+    fn lead_links(&mut self) {
+        let Some(id) = self.supervisor.in_use() else { return };
+        for (number, link) in self.plan.channels.iter().map(|channel| channel.link.as_ref()).enumerate() {
+            if let Some(link) = link {
+                // They could be made at the start. If the directory has gone since, that is no reason to end the device.
+                let _ = self.links.lead(link, self.fleet.channel(number, id));
+            }
         }
     }
 
@@ -167,11 +188,9 @@ impl Run<'_> {
                 self.wanted = None;
                 self.inputs.push_back(Input::ReplaceAbandoned);
             }
-            size = resized(self.resizing.as_mut()) => {
-                self.resizing = None;
-                if let (Some(size), Some(disk)) = (size, self.plan.disks.first_mut()) {
-                    disk.image.size_bytes = size;
-                }
+            changed = finished(self.changing.as_mut()) => {
+                self.changing = None;
+                self.take_over(changed);
             }
             () = until(deadline) => self.inputs.push_back(Input::TimePassed),
         }
@@ -276,11 +295,13 @@ impl Run<'_> {
     }
 
     fn start_standby(&mut self, id: ApplianceId) {
-        let Some(wanted) = &self.wanted else { return };
+        // Who wanted it may have gone while another one made way.
+        let Some(wanted) = &self.wanted else { return self.start_appliance(id) };
         let started = self.fleet.start_appliance(id, &self.plan, &wanted.appliance);
         if started.is_ok() {
             let pid = self.fleet.pid(Member::Appliance(id)).unwrap_or_default();
-            wanted.progress("booting", format!("appliance {id} boots beside the one in use (pid {pid})"));
+            let place = if self.plan.can_stand_by { "beside the one in use" } else { "in the place of the one before" };
+            wanted.progress("booting", format!("appliance {id} boots {place} (pid {pid})"));
         }
         self.note_start(id, started);
     }
@@ -347,8 +368,16 @@ impl Run<'_> {
                 qemu_started: self.qemu_started_ms,
                 ready: self.elapsed_ms(),
             },
+            ports: starting::ports(&self.plan),
+            channels: self.channel_facts(),
             vmms: vmm_lines::all(&self.plan),
         }
+    }
+
+    /// Where the operator finds the channels.
+    fn channel_facts(&self) -> Vec<ChannelFacts> {
+        let facts = |channel: &Channel| Some(ChannelFacts { name: channel.name.clone(), path: channel.link.clone()? });
+        self.plan.channels.iter().filter_map(facts).collect()
     }
 
     /// The process ids while an appliance VM is in use.
@@ -356,10 +385,6 @@ impl Run<'_> {
         let pid = |member| self.fleet.pid(member).unwrap_or_default();
         let qemu = self.supervisor.in_use().map(|id| pid(Member::Appliance(id)));
         Pids { vvu: std::process::id(), bridge: pid(Member::Bridge(PortId(0))), qemu: qemu.unwrap_or_default() }
-    }
-
-    fn qmp_in_use(&self) -> Option<PathBuf> {
-        self.supervisor.in_use().map(|id| self.fleet.qmp(id))
     }
 
     /// Ends what still runs, in order; a further signal kills it.
@@ -392,7 +417,7 @@ async fn until(deadline: Option<tokio::time::Instant>) {
     }
 }
 
-async fn resized(task: Option<&mut JoinHandle<Option<u64>>>) -> Option<u64> {
+async fn finished(task: Option<&mut JoinHandle<Option<Changed>>>) -> Option<Changed> {
     match task {
         Some(task) => task.await.unwrap_or(None),
         None => pending().await,

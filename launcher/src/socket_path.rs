@@ -1,5 +1,6 @@
-//! The paths of a run's two sockets, vhost-user and control: free to be bound, or refused with the reason.
+//! The paths of a run's sockets, vhost-user and control, and of links to sockets: free, or refused with the reason.
 
+use std::fs::FileType;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
@@ -17,6 +18,18 @@ use crate::runtime_dir::MAX_SOCKET_PATH_BYTES;
 /// # Errors
 /// One line with the remedy.
 pub(crate) async fn claim(path: &Path, option: &str) -> anyhow::Result<String> {
+    claim_as(path, option, "socket", FileType::is_socket).await
+}
+
+/// The same for a symbolic link that shall lead to a socket.
+///
+/// # Errors
+/// One line with the remedy.
+pub(crate) async fn claim_link(path: &Path, option: &str) -> anyhow::Result<String> {
+    claim_as(path, option, "link to a socket", FileType::is_symlink).await
+}
+
+async fn claim_as(path: &Path, option: &str, kind: &str, is_kind: fn(&FileType) -> bool) -> anyhow::Result<String> {
     let shown = path.display();
     let absolute = std::path::absolute(path).with_context(|| format!("socket path {shown} cannot be used"))?;
     let text = absolute.to_str().with_context(|| format!("socket path {shown} is not valid UTF-8"))?;
@@ -33,13 +46,14 @@ pub(crate) async fn claim(path: &Path, option: &str) -> anyhow::Result<String> {
     match std::fs::symlink_metadata(&absolute) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(text.to_owned()),
         Err(error) => return Err(error).with_context(|| format!("socket path {shown} cannot be looked at")),
-        Ok(found) if !found.file_type().is_socket() => {
-            bail!("socket path {shown} exists and is no socket; remove it or choose another {option}")
+        Ok(found) if !is_kind(&found.file_type()) => {
+            bail!("socket path {shown} exists and is no {kind}; remove it or choose another {option}")
         }
         Ok(_) => {}
     }
     match UnixStream::connect(&absolute).await {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+        // A link that leads nowhere is one to a socket that is gone.
+        Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound) => {
             std::fs::remove_file(&absolute).with_context(|| format!("stale socket {shown} cannot be removed"))?;
             Ok(text.to_owned())
         }
@@ -105,6 +119,24 @@ mod tests {
             assert!(refusal.contains(expected), "{refusal}");
         }
         assert_eq!(std::fs::read_to_string(file).unwrap(), "precious");
+    }
+
+    #[tokio::test]
+    async fn a_link_is_replaced_unless_it_leads_to_somebody() {
+        let directory = tempfile::tempdir().unwrap();
+        let (link, target) = (directory.path().join("d.sock.qmp"), directory.path().join("qmp"));
+        std::os::unix::fs::symlink(&target, &link).unwrap();
+        let listener = UnixListener::bind(&target).unwrap();
+        let refusal = claim_link(&link, "--channel").await.unwrap_err().to_string();
+        assert!(refusal.contains("in use by a live process"), "{refusal}");
+        drop(listener);
+        claim_link(&link, "--channel").await.unwrap();
+        assert!(std::fs::symlink_metadata(&link).is_err() && target.exists(), "the link goes, not what it leads to");
+        std::fs::remove_file(&target).unwrap();
+        std::os::unix::fs::symlink(&target, &link).unwrap();
+        claim_link(&link, "--channel").await.unwrap();
+        std::fs::write(&link, "precious").unwrap();
+        assert!(claim_link(&link, "--channel").await.unwrap_err().to_string().contains("is no link"));
     }
 
     #[test]

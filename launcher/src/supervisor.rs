@@ -13,6 +13,9 @@
 //!       └──── Clears ◄──── a bridge died, in any state: its appliance VMs are killed first
 //! ```
 //!
+//! Where two appliance VMs cannot be there at once, `replace` leads from `Serves` to `MakesWay` instead, and from there to
+//! `Boots` when the first one is gone.
+//!
 //! Bridges act as one: they listen when all do, and an appliance VM is in use when all use it. One that dies takes the
 //! appliance VMs along and is started again alone; the others keep their front-ends.
 //!
@@ -26,6 +29,7 @@ mod bridges;
 mod deaths;
 mod naming;
 mod ports;
+mod replacing;
 mod vocabulary;
 
 #[cfg(test)]
@@ -36,7 +40,8 @@ use std::time::{Duration, Instant};
 use self::bridges::Bridges;
 pub(crate) use self::ports::PortId;
 use self::ports::{PerPort, PortSet};
-pub(crate) use self::vocabulary::{Accepted, Action, ApplianceId, Input, Part, Progress, Replaced, Report};
+use self::replacing::Replacement;
+pub(crate) use self::vocabulary::{Accepted, Action, ApplianceId, Handover, Input, Part, Progress, Replaced, Report};
 use self::vocabulary::{Appliance, Fault, Retiring, Stage};
 use crate::ending::Ending;
 use crate::restart_policy::Restarts;
@@ -70,6 +75,8 @@ enum State {
     Serves { active: Appliance },
     /// An appliance VM is in use, another one boots to take its place.
     Replaces { active: Appliance, standby: Appliance, until: Instant },
+    /// The appliance VM in use was asked to end, the next one is started when it is gone.
+    MakesWay,
     /// The bridges live; an appliance VM is started at this time.
     Pauses { until: Instant },
     /// The run ends so at this time, unless a bridge turns out to be the cause.
@@ -106,14 +113,6 @@ impl Next {
 struct Recovery {
     what: Part,
     since: Instant,
-}
-
-/// A replacement that somebody waits for.
-#[derive(Debug, Clone, Copy)]
-struct Replacement {
-    since: Instant,
-    /// Set when it came off; what it replaced is retiring.
-    done: Option<Replaced>,
 }
 
 /// The decisions of one run.
@@ -155,7 +154,7 @@ impl Supervisor {
             Input::Dropped(port, accepted) => self.dropped(port, accepted, now),
             Input::ApplianceEnded(id, death) => self.appliance_ended(id, death, now),
             Input::BridgeEnded(port, death) => self.bridge_ended(port, death, now),
-            Input::Replace => self.replace(now),
+            Input::Replace(how) => self.replace(how, now),
             Input::ReplaceAbandoned => self.abandon(),
             Input::Signal(name) => self.end(Ending::signal(name, self.was_ready)),
             Input::TimePassed => self.time_passed(now),
@@ -176,7 +175,7 @@ impl Supervisor {
             State::Pauses { until } | State::Blames { until, .. } | State::PausesWithoutBridge { until } => {
                 Some(*until)
             }
-            State::Serves { .. } | State::Clears(_) | State::Over => None,
+            State::Serves { .. } | State::MakesWay | State::Clears(_) | State::Over => None,
         };
         let of_retiring = self.retiring.iter().filter_map(|retiring| match retiring.stage {
             Stage::LetGo(until) | Stage::Asked(until) => Some(until),
@@ -189,7 +188,7 @@ impl Supervisor {
     pub(crate) fn word(&self) -> &'static str {
         match &self.state {
             State::Serves { .. } => "serving",
-            State::Replaces { .. } => "replacing",
+            State::Replaces { .. } | State::MakesWay => "replacing",
             State::Blames { .. } | State::Over | State::Clears(Next::End { .. }) => "ending",
             _ if self.was_ready => "restarting",
             _ => "starting",
@@ -216,21 +215,6 @@ impl Supervisor {
     /// Restarts so far.
     pub(crate) fn restarts(&self) -> u64 {
         self.restarts.total()
-    }
-
-    /// The appliance VM in use, if it stays that for the time being.
-    ///
-    /// # Errors
-    /// One line that says why it does not.
-    pub(crate) fn may_replace(&self) -> Result<ApplianceId, String> {
-        match &self.state {
-            _ if self.replacement.is_some() => {
-                Err("another upgrade or restart is under way; wait for its end".to_owned())
-            }
-            State::Serves { active } if active.fault.is_none() && self.retiring.is_empty() => Ok(active.id),
-            State::Serves { .. } => Err("an earlier appliance VM is still ending; try again".to_owned()),
-            _ => Err(format!("the device is {}; wait until it is serving (vvu status)", self.word())),
-        }
     }
 
     fn listening(&mut self, port: PortId, now: Instant) {
@@ -300,28 +284,6 @@ impl Supervisor {
         self.answer_replaced();
     }
 
-    /// What dropped the appliance VM in use has moved on to the standby, where that is so.
-    fn forgive_drops(&mut self) {
-        if let State::Replaces { active, standby, .. } = &mut self.state
-            && active.dropped.is_within(standby.active)
-        {
-            active.dropped_until = None;
-        }
-    }
-
-    /// Sends an appliance VM on its way out that another one has replaced.
-    fn retire(&mut self, appliance: Appliance, now: Instant) {
-        let stage = if appliance.fault.is_some() {
-            Stage::Killed
-        } else if appliance.dropped.is_all(self.bridges.count()) {
-            self.actions.push(Action::Terminate(appliance.id));
-            Stage::Asked(now + APPLIANCE_GRACE)
-        } else {
-            Stage::LetGo(now + LET_GO_LIMIT)
-        };
-        self.retiring.push(Retiring { appliance, stage });
-    }
-
     /// The appliance VM is in use; tells so if that is news.
     fn in_use_again(&mut self, id: ApplianceId, now: Instant) {
         self.restarts.recovered();
@@ -331,33 +293,6 @@ impl Supervisor {
         }
         if let Some(Recovery { what, since }) = self.recovery.take() {
             self.tell(Report::Restarted { what, took: now.saturating_duration_since(since) });
-        }
-    }
-
-    fn note_replaced(&mut self, appliance: ApplianceId, pause_us: Option<u64>, now: Instant) {
-        if let Some(replacement) = self.replacement.as_mut() {
-            let took = now.saturating_duration_since(replacement.since);
-            let done = Replaced { appliance, pause_us, took };
-            replacement.done = Some(done);
-            self.actions.extend([Action::AdoptImage, Action::Progress(Progress::Active(done))]);
-        }
-    }
-
-    /// Answers a replacement that came off as soon as nothing of what it replaced is left.
-    fn answer_replaced(&mut self) {
-        if let Some(Replacement { done: Some(done), .. }) = self.replacement
-            && self.retiring.is_empty()
-        {
-            self.replacement = None;
-            self.actions.push(Action::Answer(Ok(done)));
-        }
-    }
-
-    fn fail_replacement(&mut self, why: &str) {
-        if let Some(replacement) = self.replacement.take() {
-            // Once the new one is in use, that is the result, whatever comes later.
-            let answer = replacement.done.ok_or_else(|| why.to_owned());
-            self.actions.push(Action::Answer(answer));
         }
     }
 
@@ -380,14 +315,6 @@ impl Supervisor {
                 self.forgive_drops();
             }
             _ => self.kill_for(id, Fault::Dropped),
-        }
-    }
-
-    /// The standby is no more; the one in use stays that, unless a bridge has dropped it in the meantime.
-    fn keep_active(&mut self, active: Appliance) {
-        self.enter(State::Serves { active });
-        if !active.dropped.is_empty() {
-            self.kill_for(active.id, Fault::Dropped);
         }
     }
 
@@ -438,32 +365,6 @@ impl Supervisor {
         let gone = self.bridges.start();
         self.actions.extend(gone.into_iter().map(Action::StartBridge));
         self.enter(State::BridgeStarts { until: Some(now + LISTENING_LIMIT) });
-    }
-
-    fn replace(&mut self, now: Instant) {
-        if let (Ok(_), State::Serves { active }) = (self.may_replace(), &self.state) {
-            let active = *active;
-            let standby = self.next_appliance();
-            self.actions.push(Action::StartStandby(standby.id));
-            self.replacement = Some(Replacement { since: now, done: None });
-            self.enter(State::Replaces { active, standby, until: now + READY_LIMIT });
-        }
-    }
-
-    fn abandon(&mut self) {
-        self.replacement = None;
-        if let State::Replaces { active, standby, .. } = self.state
-            // What some of the bridges use already is not taken from them.
-            && standby.active.is_empty()
-        {
-            self.keep_active(active);
-            if standby.fault.is_none() {
-                self.actions.push(Action::Kill(standby.id));
-            }
-            // Nobody asks any more why it goes.
-            let appliance = Appliance { fault: None, ..standby };
-            self.retiring.push(Retiring { appliance, stage: Stage::Killed });
-        }
     }
 
     fn time_passed(&mut self, now: Instant) {

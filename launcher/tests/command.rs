@@ -104,8 +104,8 @@ fn each_mistake_with_the_image_has_its_line() {
         (
             &container,
             format!(
-                "image {container} looks like qcow2, and only raw images are served; convert it with: qemu-img convert \
-                 -O raw {container} disk.img (or add --format raw to serve its bytes as they are)"
+                "image {container} looks like qcow2; add --format qcow2 to serve the disk in it, or --format raw to serve \
+                 its bytes as they are"
             ),
         ),
     ];

@@ -7,6 +7,8 @@ use vvu_appliance_config::Device;
 
 use crate::image::Image;
 use crate::image_lock::ImageLock;
+use crate::mac::Mac;
+use crate::overlay::Overlay;
 use crate::qemu_args::DiskIo;
 
 /// Class of a device.
@@ -14,6 +16,10 @@ use crate::qemu_args::DiskIo;
 pub(crate) enum Class {
     /// A disk.
     Blk,
+    /// Network devices on a switch.
+    Net,
+    /// A program of the operator's.
+    Exec,
 }
 
 impl Class {
@@ -21,6 +27,8 @@ impl Class {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Blk => "blk",
+            Self::Net => "net",
+            Self::Exec => "exec",
         }
     }
 }
@@ -34,8 +42,45 @@ pub(crate) struct Draft {
     pub(crate) ports: Vec<PortDraft>,
     /// Disks of the appliance VM.
     pub(crate) disks: Vec<DiskDraft>,
+    /// The appliance VM's own network card.
+    pub(crate) nic: Option<Nic>,
+    /// Byte streams between the host and the back-end.
+    pub(crate) channels: Vec<String>,
+    /// What is added to the appliance image.
+    pub(crate) overlay: Option<Overlay>,
     /// What the agent is told.
     pub(crate) device: Device,
+}
+
+impl Draft {
+    /// Nothing but a device.
+    pub(super) fn of(class: Class, device: Device) -> Self {
+        let (ports, disks, channels) = (Vec::new(), Vec::new(), Vec::new());
+        Self { class, ports, disks, nic: None, channels, overlay: None, device }
+    }
+
+    /// Whether two appliance VMs can be there at once, one of them ready to take the place of the other: not if a back-end
+    /// that starts would read what another one still writes, or wants what only one can have.
+    pub(super) fn can_stand_by(&self) -> bool {
+        let written = |disk: &DiskDraft| disk.has_metadata && !disk.image.read_only;
+        !self.disks.iter().any(written) && self.nic.as_ref().is_none_or(|nic| nic.can_be_shared)
+    }
+}
+
+/// The appliance VM's own network card.
+#[derive(Debug, Clone)]
+pub(crate) struct Nic {
+    /// Value of QEMU's `-netdev`, with the id [`Nic::ID`].
+    pub(crate) netdev: String,
+    /// Its MAC address, by which the agent finds it.
+    pub(crate) mac: Mac,
+    /// Whether two appliance VMs can be connected to it at once.
+    pub(crate) can_be_shared: bool,
+}
+
+impl Nic {
+    /// Name of the network in QEMU.
+    pub(crate) const ID: &str = "uplink";
 }
 
 /// A port that is wanted.
@@ -49,6 +94,8 @@ pub(crate) struct PortDraft {
     pub(crate) queues: u16,
     /// All vrings of the device.
     pub(crate) vrings: u16,
+    /// MAC address of a network device.
+    pub(crate) mac: Option<Mac>,
 }
 
 /// A port of a run.
@@ -62,6 +109,8 @@ pub(crate) struct Port {
     pub(crate) queues: u16,
     /// All vrings of the device: one kick vector each.
     pub(crate) vrings: u16,
+    /// MAC address of a network device.
+    pub(crate) mac: Option<Mac>,
 }
 
 /// A disk that is wanted.
@@ -73,6 +122,8 @@ pub(crate) struct DiskDraft {
     pub(crate) image: Image,
     /// The lock on it, unless other hosts may have it open.
     pub(crate) lock: Option<ImageLock>,
+    /// Whether a back-end keeps something of what is on it in memory.
+    pub(crate) has_metadata: bool,
 }
 
 impl DiskDraft {
@@ -81,7 +132,7 @@ impl DiskDraft {
     /// # Errors
     /// It cannot, or not as it must; one line with the remedy.
     pub(super) fn opened(self, io: Result<DiskIo, String>) -> anyhow::Result<Disk> {
-        let Self { serial, image, lock } = self;
+        let Self { serial, image, lock, .. } = self;
         let io = match io {
             Ok(way) => way,
             Err(reason) => bail!("QEMU cannot open image {}: {reason}", image.path),

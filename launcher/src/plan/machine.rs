@@ -47,11 +47,11 @@ pub(crate) struct Machine {
 }
 
 impl Machine {
-    /// Finds all of it for `ports` ports.
+    /// Finds all of it for `ports` ports and an overlay of `overlay_bytes`.
     ///
     /// # Errors
     /// One line with the remedy.
-    pub(super) fn find(args: &MachineArgs, ports: usize) -> anyhow::Result<Self> {
+    pub(super) fn find(args: &MachineArgs, ports: usize, overlay_bytes: u64) -> anyhow::Result<Self> {
         let (accel, accel_reason) = accel::choose(args.accel, &KvmState::of_this_host())?;
         let bridge = programs::find_bridge(args.bridge.as_deref())?;
         let qemu = programs::find_qemu(args.qemu.as_deref())?;
@@ -60,7 +60,7 @@ impl Machine {
             restart_limit: (args.restart == RestartChoice::Always).then_some(args.restart_limit),
             append: args.append.clone(),
             window: args.window,
-            memory: args.memory.unwrap_or_else(|| default_memory(args.window, ports)),
+            memory: args.memory.unwrap_or_else(|| default_memory(args.window, ports, overlay_bytes)),
             cpus: args.cpus,
             accel,
             accel_reason,
@@ -73,10 +73,12 @@ impl Machine {
     }
 }
 
-/// Appliance memory for `ports` windows: [`BASE_MEMORY_BYTES`] plus the page descriptors, in whole mebibytes.
-pub(crate) fn default_memory(window: Size, ports: usize) -> Size {
+/// Appliance memory for `ports` windows and an overlay: [`BASE_MEMORY_BYTES`] plus the page descriptors plus the overlay
+/// twice, packed and unpacked, in whole mebibytes.
+pub(crate) fn default_memory(window: Size, ports: usize, overlay_bytes: u64) -> Size {
     let descriptors = window.0.div_ceil(WINDOW_BYTES_PER_DESCRIPTOR_BYTE).saturating_mul(ports as u64);
-    Size(BASE_MEMORY_BYTES.saturating_add(descriptors).next_multiple_of(MIB))
+    let overlay = overlay_bytes.saturating_mul(2);
+    Size(BASE_MEMORY_BYTES.saturating_add(descriptors).saturating_add(overlay).next_multiple_of(MIB))
 }
 
 #[cfg(test)]
@@ -86,9 +88,9 @@ mod tests {
 
     #[test]
     fn memory_follows_the_windows() {
-        assert_eq!(default_memory(Size(4 * GIB), 1), Size(224 * MIB));
-        assert_eq!(default_memory(Size(16 * MIB), 1), Size(161 * MIB));
-        assert_eq!(default_memory(Size(TIB), 1), Size(16 * GIB + 160 * MIB));
-        assert_eq!(default_memory(Size(4 * GIB), 3), Size(352 * MIB));
+        assert_eq!(default_memory(Size(4 * GIB), 1, 0), Size(224 * MIB));
+        assert_eq!(default_memory(Size(16 * MIB), 1, 0), Size(161 * MIB));
+        assert_eq!(default_memory(Size(TIB), 1, 0), Size(16 * GIB + 160 * MIB));
+        assert_eq!(default_memory(Size(4 * GIB), 3, 10 * MIB + 1), Size(373 * MIB));
     }
 }

@@ -3,15 +3,27 @@
 use std::future::pending;
 use std::path::PathBuf;
 
+use vvu_appliance_config::{ApplianceConfig, CONTROL_CHANNEL, Device, Format};
+
 use super::{Run, in_ms};
 use crate::control::{ImageStatus, LivePids, PortStatus, Reply, Request, Status};
 use crate::control_socket::{Asked, Replies};
 use crate::fleet::Member;
 use crate::image::Image;
+use crate::live::{self, Change, Prepared};
 use crate::plan::{Class, Disk};
 use crate::programs::{self, ApplianceFiles};
 use crate::resize::Resize;
-use crate::supervisor::{Input, PortId, Replaced};
+use crate::supervisor::{ApplianceId, Handover, Input, PortId, Replaced};
+
+/// What has changed.
+#[derive(Debug)]
+pub(super) enum Changed {
+    /// The size of the disk, in bytes.
+    Size(u64),
+    /// The settings.
+    Config(Box<ApplianceConfig>),
+}
 
 /// A replacement of the appliance VM, and who waits for it.
 #[derive(Debug)]
@@ -44,6 +56,11 @@ impl Run<'_> {
             Request::Upgrade { appliance } => self.replace(appliance, replies),
             Request::Restart {} => self.replace(None, replies),
             Request::Resize { size_bytes, shrink } => self.resize(size_bytes, shrink, replies),
+            Request::Limit { port, operations_per_second, bytes_per_second } => {
+                self.change(port, Change::Limits { operations_per_second, bytes_per_second }, replies);
+            }
+            Request::Link { port, up } => self.change(port, Change::Link { up }, replies),
+            Request::Filter { port, macs, vlans } => self.change(port, Change::Filter { macs, vlans }, replies),
         }
     }
 
@@ -55,42 +72,92 @@ impl Run<'_> {
         match files {
             Ok(appliance) => {
                 self.wanted = Some(Wanted { appliance, replies });
-                self.inputs.push_back(Input::Replace);
+                let stand_by = self.plan.can_stand_by;
+                let how = if stand_by { Handover::StandBy } else { Handover::InTurn };
+                self.inputs.push_back(Input::Replace(how));
             }
             Err(why) => replies.send(Reply::failed(why)),
         }
     }
 
-    /// Whether the appliance VM in use stays that for the time being; else why not. A standby that boots while the disk
-    /// changes its size would not notice.
-    fn changeable(&self) -> Result<PathBuf, String> {
-        self.supervisor.may_replace()?;
-        if self.resizing.is_some() {
-            return Err("a resize is under way; wait for its end".to_owned());
+    /// Whether the appliance VM in use stays that for the time being; else why not. A standby that boots while the device
+    /// changes would not notice.
+    fn changeable(&self) -> Result<ApplianceId, String> {
+        let in_use = self.supervisor.may_replace()?;
+        match self.changing {
+            Some(_) => Err("another change of the device is under way; wait for its end".to_owned()),
+            None => Ok(in_use),
         }
-        self.qmp_in_use().ok_or_else(|| "no appliance VM is in use".to_owned())
     }
 
     fn resize(&mut self, size_bytes: u64, shrink: bool, replies: Replies) {
-        match self.changeable().and_then(|qmp| Ok((qmp, self.resizable()?))) {
+        match self.changeable().and_then(|id| Ok((self.fleet.qmp(id), self.resizable()?))) {
             Ok((qmp, image)) => {
                 let resize = Resize { image, size_bytes, shrink, qmp };
                 // It talks to QEMU, which may take its time, and it is not taken back if nobody waits any more.
-                self.resizing = Some(tokio::spawn(async move {
+                self.changing = Some(tokio::spawn(async move {
                     let (reply, size) = resize.run().await;
                     replies.send(reply);
-                    size
+                    size.map(Changed::Size)
                 }));
             }
             Err(why) => replies.send(Reply::failed(why)),
         }
     }
 
+    /// Changes the settings of a port.
+    fn change(&mut self, port: PortId, change: Change, replies: Replies) {
+        let prepared =
+            self.changeable().and_then(|id| Ok((self.control_channel(id), change.prepare(&self.plan.config, port)?)));
+        match prepared {
+            Ok((channel, Prepared { request, config })) => {
+                // It talks to the appliance, which may take its time.
+                self.changing = Some(tokio::spawn(async move {
+                    let agreed = live::ask(&channel, &request).await;
+                    let settings = live::settings(&config, port);
+                    replies.send(match (&agreed, settings) {
+                        (Ok(()), Some(settings)) => Reply::Changed { port, settings },
+                        (Ok(()), None) => Reply::failed("there is nothing to change"),
+                        (Err(error), _) => Reply::failed(format!("nothing was changed: {error:#}")),
+                    });
+                    agreed.ok().map(|()| Changed::Config(Box::new(config)))
+                }));
+            }
+            Err(why) => replies.send(Reply::failed(why)),
+        }
+    }
+
+    /// The control channel of an appliance VM's back-end; nowhere if it has none.
+    fn control_channel(&self, id: ApplianceId) -> PathBuf {
+        let number = self.plan.channels.iter().position(|channel| channel.name == CONTROL_CHANNEL);
+        number.map(|number| self.fleet.channel(number, id)).unwrap_or_default()
+    }
+
+    /// What has changed is the run's from now on, also for restarts.
+    pub(super) fn take_over(&mut self, changed: Option<Changed>) {
+        match changed {
+            Some(Changed::Size(size_bytes)) => {
+                if let Some(disk) = self.plan.disks.first_mut() {
+                    disk.image.size_bytes = size_bytes;
+                }
+            }
+            Some(Changed::Config(config)) => self.plan.config = *config,
+            None => {}
+        }
+    }
+
     /// The image of the disk that is served.
     fn resizable(&self) -> Result<Image, String> {
-        match (self.plan.class, self.plan.disks.first()) {
-            (Class::Blk, Some(disk)) => Ok(disk.image.clone()),
-            (class, _) => Err(format!("a {} device has no size", class.name())),
+        let device = self.plan.config.back_ends.first().map(|back_end| &back_end.device);
+        match (device, self.plan.disks.first()) {
+            (Some(Device::Blk(options)), Some(disk)) if options.image.format == Format::Raw => Ok(disk.image.clone()),
+            (Some(Device::Blk(_)), Some(disk)) => {
+                let path = &disk.image.path;
+                Err(format!(
+                    "a qcow2 image keeps its size while it is served; end the run, then: qemu-img resize {path}"
+                ))
+            }
+            _ => Err(format!("a {} device has no size", self.plan.class.name())),
         }
     }
 
@@ -141,6 +208,8 @@ impl Run<'_> {
             port: number,
             socket: port.socket.clone(),
             queues: port.queues,
+            mac: port.mac.map(|mac| mac.to_string()),
+            settings: live::settings(&self.plan.config, number),
             bridge: self.fleet.pid(Member::Bridge(number)),
             text: state.status_text.clone(),
         })

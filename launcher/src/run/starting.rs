@@ -9,7 +9,7 @@ use crate::supervisor::PortId;
 pub(super) fn event(plan: &Plan, directory: &RuntimeDir) -> Event {
     let machine = &plan.machine;
     let disks: Vec<_> = plan.disks.iter().map(disk_facts).collect();
-    let ports: Vec<_> = (0..).map(PortId).zip(&plan.ports).map(|(number, port)| port_facts(number, port)).collect();
+    let ports = ports(plan);
     Event::Starting(Box::new(Starting {
         class: plan.class.name(),
         disk: disks.first().filter(|_| plan.class == Class::Blk).cloned(),
@@ -27,8 +27,16 @@ pub(super) fn event(plan: &Plan, directory: &RuntimeDir) -> Event {
     }))
 }
 
-fn port_facts(number: PortId, port: &Port) -> PortFacts {
-    PortFacts { port: number, socket: port.socket.clone(), uuid: port.uuid.clone(), queues: port.queues }
+/// What is told of each port.
+pub(super) fn ports(plan: &Plan) -> Vec<PortFacts> {
+    let facts = |(number, port): (PortId, &Port)| PortFacts {
+        port: number,
+        socket: port.socket.clone(),
+        uuid: port.uuid.clone(),
+        queues: port.queues,
+        mac: port.mac.map(|mac| mac.to_string()),
+    };
+    (0..).map(PortId).zip(&plan.ports).map(facts).collect()
 }
 
 fn disk_facts(disk: &Disk) -> DiskFacts {

@@ -44,6 +44,11 @@ impl Supervisor {
         if let State::Clears(_) = self.state {
             return self.cleared(Some(death), now);
         }
+        if let State::MakesWay = self.state
+            && self.retiring.is_empty()
+        {
+            return self.start_next(now);
+        }
         if appliance.fault == Some(Fault::Dropped) {
             // It was in use, and another one has taken its place already.
             let ending = ending_of(appliance, death);

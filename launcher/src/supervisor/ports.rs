@@ -5,7 +5,7 @@ use std::fmt;
 use vvu_appliance_config::MAX_DEVICE_SETS;
 
 /// Number of a port in its run, from 0 in the order of the command line.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
 pub(crate) struct PortId(pub(crate) u8);
 
 impl PortId {

@@ -21,7 +21,8 @@ impl State {
             (_, Clears(_)) => true,
             (BridgeStarts { .. } | Pauses { .. }, Boots { .. }) => true,
             (Boots { .. }, Serves { .. } | Boots { .. } | Pauses { .. } | Blames { .. }) => true,
-            (Serves { .. }, Replaces { .. } | Boots { .. } | Pauses { .. } | Blames { .. }) => true,
+            (Serves { .. }, Replaces { .. } | MakesWay | Boots { .. } | Pauses { .. } | Blames { .. }) => true,
+            (MakesWay, Boots { .. }) => true,
             (Replaces { .. }, Serves { .. } | Boots { .. }) => true,
             (Clears(_), BridgeStarts { .. } | PausesWithoutBridge { .. }) => true,
             (PausesWithoutBridge { .. }, BridgeStarts { .. }) => true,
@@ -75,7 +76,7 @@ impl Story {
     /// The same with appliance 2 as its standby.
     fn replacing_two() -> Self {
         let mut story = Self::serving_two();
-        assert_eq!(story.handle(Input::Replace), [Action::StartStandby(ApplianceId(2))]);
+        assert_eq!(story.handle(Input::Replace(Handover::StandBy)), [Action::StartStandby(ApplianceId(2))]);
         story
     }
 
@@ -92,7 +93,7 @@ impl Story {
     /// The same with appliance 2 as its standby.
     fn replacing() -> Self {
         let mut story = Self::serving(Some("5/60"));
-        assert_eq!(story.handle(Input::Replace), [Action::StartStandby(ApplianceId(2))]);
+        assert_eq!(story.handle(Input::Replace(Handover::StandBy)), [Action::StartStandby(ApplianceId(2))]);
         assert_eq!(story.supervisor.word(), "replacing");
         story
     }
@@ -389,6 +390,35 @@ fn both_die_one_after_the_other() {
 }
 
 #[test]
+fn one_appliance_makes_way_for_the_next() {
+    let mut story = Story::serving(Some("5/60"));
+    assert_eq!(story.handle(Input::Replace(Handover::InTurn)), [Action::Terminate(ApplianceId(1))]);
+    assert_eq!((story.supervisor.word(), story.supervisor.in_use()), ("replacing", None));
+    assert_eq!(story.dropped(1), []);
+    assert_eq!(story.wait(), [Action::Kill(ApplianceId(1))], "it takes too long");
+    assert_eq!(story.appliance_dies(1, KILLED), [Action::StartStandby(ApplianceId(2))], "no loss: it was wanted");
+    let actions = story.active(2, Some(9));
+    assert!(actions.contains(&Action::AdoptImage), "{actions:?}");
+    assert!(matches!(actions.last(), Some(Action::Answer(Ok(Replaced { pause_us: Some(9), .. })))), "{actions:?}");
+    assert_eq!(story.supervisor.restarts(), 0);
+}
+
+#[test]
+fn the_first_image_comes_back_if_the_next_one_dies() {
+    let mut story = Story::serving(Some("5/60"));
+    story.handle(Input::Replace(Handover::InTurn));
+    story.appliance_dies(1, 0);
+    let actions = story.appliance_dies(2, EXIT_1);
+    assert!(matches!(actions.first(), Some(Action::Answer(Err(_)))), "{actions:?}");
+    assert_eq!(story.wait(), [Action::StartAppliance(ApplianceId(3))]);
+    let mut story = Story::serving(Some("5/60"));
+    story.handle(Input::Replace(Handover::InTurn));
+    let actions = story.bridge_dies(KILLED);
+    assert!(matches!(actions[..], [Action::Kill(_), Action::Answer(Err(_)), ..]), "{actions:?}");
+    assert_eq!(story.appliance_dies(1, KILLED), [Action::StartBridge(FIRST)]);
+}
+
+#[test]
 fn an_abandoned_replacement_kills_the_standby_and_nothing_else() {
     let mut story = Story::replacing();
     assert_eq!(story.handle(Input::ReplaceAbandoned), [Action::Kill(ApplianceId(2))]);
@@ -402,7 +432,7 @@ fn an_abandoned_replacement_kills_the_standby_and_nothing_else() {
 fn a_number_that_comes_late_is_not_taken_for_the_next_appliances() {
     let mut story = Story::replacing();
     story.appliance_dies(2, EXIT_1);
-    story.handle(Input::Replace);
+    story.handle(Input::Replace(Handover::StandBy));
     assert_eq!(story.dropped(2), [], "that was the one that had died without a number");
     assert_eq!(story.dropped(2), []);
     assert!(!story.active(3, Some(1)).is_empty());

@@ -44,13 +44,22 @@ pub(crate) enum Input {
     BridgeEnded(PortId, Death),
     /// The operator wants another appliance VM in the place of the active one. Ask [`super::Supervisor::may_replace`]
     /// first.
-    Replace,
+    Replace(Handover),
     /// The operator no longer wants it.
     ReplaceAbandoned,
     /// The operator wants the run to end.
     Signal(&'static str),
     /// [`super::Supervisor::deadline`] has come, or nothing in particular.
     TimePassed,
+}
+
+/// How one appliance VM takes the place of another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Handover {
+    /// It boots while the other one serves.
+    StandBy,
+    /// It boots when the other one is gone: both cannot be there at once.
+    InTurn,
 }
 
 /// What shall be done, in this order.

@@ -15,5 +15,7 @@
 mod endings;
 mod image_use;
 mod operator;
+mod ports;
+mod programs;
 mod restarts;
 mod stage;

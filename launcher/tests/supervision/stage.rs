@@ -112,27 +112,34 @@ impl Stage {
         command
     }
 
-    /// `vvu run` with the image, the socket and the QEMU of these names.
+    /// `vvu run blk` with the image, the socket and the QEMU of these names.
     pub(crate) fn command(&self, [image, socket, qemu]: [&str; 3], more: &[&str]) -> Command {
+        let mut command = self.class("blk", qemu);
+        command.arg("--image").arg(self.path(image)).arg("--socket").arg(self.path(socket)).args(more);
+        command
+    }
+
+    fn class(&self, class: &str, qemu: &str) -> Command {
         let mut command = self.vvu();
-        command.args(["run", "blk", "--json"]).stdout(Stdio::piped());
-        for (option, name) in [
-            ("--image", image),
-            ("--socket", socket),
-            ("--appliance", "appliance"),
-            ("--bridge", "bridge"),
-            ("--qemu", qemu),
-            ("--log-dir", "logs"),
-        ] {
+        command.args(["run", class, "--json"]).stdout(Stdio::piped());
+        for (option, name) in
+            [("--appliance", "appliance"), ("--bridge", "bridge"), ("--qemu", qemu), ("--log-dir", "logs")]
+        {
             command.arg(option).arg(self.path(name));
         }
-        command.args(more);
         command
     }
 
     /// Starts a run; `more` are further options.
     pub(crate) fn start(self, more: &[&str]) -> Run {
         let process = self.command(["disk.img", "disk.sock", "qemu"], more).spawn().unwrap();
+        Run::of(self, process)
+    }
+
+    /// Starts a run of another class with the options that `options` makes of this stage's paths.
+    pub(crate) fn start_class(self, class: &str, options: impl FnOnce(&Self) -> Vec<String>) -> Run {
+        let mut command = self.class(class, "qemu");
+        let process = command.args(options(&self)).spawn().unwrap();
         Run::of(self, process)
     }
 }
@@ -186,18 +193,29 @@ impl Run {
         self.event_where("appliance-log", |event| event["appliance"] == appliance && event["line"] == "console is up");
     }
 
-    /// Announces something, as the bridge does.
+    /// Announces something, as the bridge of the first port does.
     pub(crate) fn announce(&self, text: &str) {
+        self.announce_at(0, text);
+    }
+
+    /// Announces something, as the bridge of a port does.
+    pub(crate) fn announce_at(&self, port: usize, text: &str) {
         let notify = UnixDatagram::unbound().unwrap();
-        notify.send_to(text.as_bytes(), self.runtime_dir.join("port-0/notify.sock")).unwrap();
+        notify.send_to(text.as_bytes(), self.runtime_dir.join(format!("port-{port}/notify.sock"))).unwrap();
+    }
+
+    /// A file in the private directory of the run.
+    pub(crate) fn private(&self, name: &str) -> PathBuf {
+        self.runtime_dir.join(name)
     }
 
     /// Waits for the end; returns the last event and in which order the children ended. Nothing may be left behind.
     pub(crate) fn finish(&mut self, exit_code: i32) -> (Value, String) {
         let ended = self.event("ended");
         assert_eq!(self.process.wait().unwrap().code(), Some(exit_code), "{ended}");
-        for socket in ["disk.sock", "disk.sock.ctl"] {
-            assert!(!self.path(socket).exists(), "{socket} is left behind");
+        for entry in std::fs::read_dir(self.path("")).unwrap().flatten() {
+            let name = entry.file_name().display().to_string();
+            assert!(!name.contains(".sock"), "{name} is left behind");
         }
         assert_eq!(std::fs::read_dir(self.path("vvu")).unwrap().count(), 0, "the runtime directory is left behind");
         let order = std::fs::read_to_string(self.path("order")).unwrap_or_default();

@@ -73,7 +73,7 @@ impl Dice {
             13 => world.bridges.remove(&port).then(|| Input::BridgeEnded(port, death(status))),
             14 | 15 if story.supervisor.may_replace().is_ok() => {
                 assert!(!std::mem::replace(&mut world.waiting, true));
-                Some(Input::Replace)
+                Some(Input::Replace([Handover::StandBy, Handover::InTurn][self.below(2) as usize]))
             }
             16 if world.waiting => {
                 world.waiting = false;
