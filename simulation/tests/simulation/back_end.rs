@@ -138,7 +138,12 @@ impl BackEnd {
         })
     }
 
+    /// The process dies, now and then with a change of the configuration that it has not told of.
     pub(crate) fn die(&self) {
+        let asks = self.world.kind.asks && self.state.borrow().back_channel.is_some();
+        if asks && self.world.is_served_by(self.number) && self.world.random.percent(50) {
+            self.world.config.set(self.world.config.get() + 1);
+        }
         self.let_go();
         self.death.notify_one();
     }

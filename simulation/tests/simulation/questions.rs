@@ -18,6 +18,8 @@ pub(crate) struct Question {
 pub(crate) struct Questions {
     asked: RefCell<BTreeMap<u64, Question>>,
     last: Cell<u64>,
+    /// There is a front-end that hears questions.
+    pub(crate) heard: Cell<bool>,
     /// The front-end gives answers on its back channel.
     pub(crate) answers: Cell<bool>,
 }

@@ -196,6 +196,11 @@ impl World {
             .max_by_key(|appliance| appliance.session())
     }
 
+    /// Whether this appliance is the one that serves the front-end, and will notice what becomes of its back-end.
+    pub(crate) fn is_served_by(&self, number: u32) -> bool {
+        self.serving().is_some_and(|appliance| appliance.number == number && !appliance.hung.get())
+    }
+
     pub(crate) fn executed(&self, id: u64) {
         *self.executions.borrow_mut().entry(id).or_default() += 1;
     }

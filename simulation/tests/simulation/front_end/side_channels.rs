@@ -43,6 +43,7 @@ const WRITTEN: usize = CONFIG_VERSION.end;
 /// Takes requests of the back-end until it is dropped.
 #[derive(Debug)]
 pub(super) struct BackChannel {
+    world: Rc<World>,
     /// The configuration has changed since it was read.
     pub(super) stale: Rc<Cell<bool>>,
     _task: OwnedTask,
@@ -52,7 +53,14 @@ impl BackChannel {
     fn new(world: &Rc<World>, socket: MessageSocket) -> Self {
         let stale = Rc::new(Cell::new(false));
         let task = OwnedTask::spawn(serve(Rc::clone(world), socket, Rc::clone(&stale)));
-        Self { stale, _task: task }
+        world.questions.heard.set(true);
+        Self { world: Rc::clone(world), stale, _task: task }
+    }
+}
+
+impl Drop for BackChannel {
+    fn drop(&mut self) {
+        self.world.questions.heard.set(false);
     }
 }
 
