@@ -7,7 +7,8 @@
 //! Where to look:
 //! - [`testbed`]: one test's place: its folder of logs, its sockets, its turn on the machine.
 //! - [`driver_vm`]: boots a driver VM and runs shell commands in it; [`driver_image`]: what it boots.
-//! - [`backend`]: what serves the disk: `vvu`, or for comparison a back-end directly on the host.
+//! - [`backend`] and [`network`]: what serves the disk, or the network: `vvu`, or for comparison a back-end directly on the
+//!   host.
 //! - [`vvu_run`]: one `vvu run` and all of its processes.
 //! - [`witness`]: a load in the driver VM that knows what the disk must hold.
 //! - [`surroundings`]: storage that fails.
@@ -27,7 +28,9 @@ pub mod files;
 pub mod fio;
 pub mod footprint;
 pub mod image_file;
+pub mod iperf;
 pub mod loss;
+pub mod network;
 pub mod pauses;
 pub mod process;
 pub mod qmp;

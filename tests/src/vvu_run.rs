@@ -1,9 +1,9 @@
-//! One `vvu run blk` with all of its processes, driven as an operator's service manager would drive it: by its command
+//! One `vvu run` with all of its processes, driven as an operator's service manager would drive it: by its command
 //! line, its JSON events, its exit code and SIGTERM.
 
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::ExitStatus;
+use std::process::{Command, ExitStatus};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 use std::{env, fs};
@@ -152,14 +152,9 @@ impl VvuRun {
     /// # Errors
     /// As [`VvuRun::start`].
     pub fn start_with(testbed: &Testbed, name: &str, image: &ServedImage, options: &[&str]) -> Result<Self> {
-        let log_dir = testbed.folder().join(format!("{name}-logs"));
-        let runtime_dir = testbed.runtime_dir()?;
         let mut command = image.command(workspace_program("vvu", "VVU_BIN")?);
-        command.args(["run", "blk", "--json", "--image"]).arg(&image.image);
+        command.args(["run", "blk", "--image"]).arg(&image.image);
         command.arg("--socket").arg(testbed.socket(&format!("{name}.sock")));
-        command.arg("--qemu").arg(&testbed.setup().qemu);
-        command.arg("--appliance").arg(appliance_dir()?);
-        command.arg("--log-dir").arg(&log_dir);
         command.args(["--queues", &image.queues.to_string()]);
         if image.read_only {
             command.arg("--read-only");
@@ -167,7 +162,48 @@ impl VvuRun {
         if image.shared {
             command.arg("--share-image");
         }
-        command.args(options).env("XDG_RUNTIME_DIR", &runtime_dir);
+        command.args(options);
+        Self::launch(testbed, name, command, &[])
+    }
+
+    /// Runs a device of another class, with its options, and waits until it is ready.
+    ///
+    /// # Errors
+    /// As [`VvuRun::start`].
+    pub fn start_class(testbed: &Testbed, name: &str, class: &str, options: &[String]) -> Result<Self> {
+        let mut command = command_that_dies_with_us(workspace_program("vvu", "VVU_BIN")?);
+        command.args(["run", class]).args(options);
+        Self::launch(testbed, name, command, &[])
+    }
+
+    /// Runs a program of an overlay as a device (`vvu run exec`), with further options, and waits until it is ready.
+    ///
+    /// # Errors
+    /// As [`VvuRun::start`].
+    pub fn start_program(testbed: &Testbed, name: &str, options: &[String], program: &[String]) -> Result<Self> {
+        let mut command = command_that_dies_with_us(workspace_program("vvu", "VVU_BIN")?);
+        command.args(["run", "exec"]).args(options);
+        command.arg("--socket").arg(testbed.socket(&format!("{name}.sock")));
+        Self::launch(testbed, name, command, program)
+    }
+
+    /// `vvu link`: whether the link of the first port is up.
+    ///
+    /// # Errors
+    /// If the command fails.
+    pub fn set_link(&self, state: &str) -> Result<()> {
+        self.command::<serde_json::Value>("link", &[state]).map(drop)
+    }
+
+    /// Adds what every run of a test has, and the program for the appliance, and starts.
+    fn launch(testbed: &Testbed, name: &str, mut command: Command, program: &[String]) -> Result<Self> {
+        let runtime_dir = testbed.runtime_dir()?;
+        command.arg("--json").arg("--qemu").arg(&testbed.setup().qemu).arg("--appliance").arg(appliance_dir()?);
+        command.arg("--log-dir").arg(testbed.folder().join(format!("{name}-logs")));
+        if !program.is_empty() {
+            command.arg("--").args(program);
+        }
+        command.env("XDG_RUNTIME_DIR", &runtime_dir);
         let mut vvu = Process::spawn(name, command, testbed.folder())?;
         let starting: Starting = vvu.await_line("first event", READY_PATIENCE, |line| event(line, "starting"))?;
         let ready: Ready = vvu.await_line("ready event", READY_PATIENCE, |line| event(line, "ready"))?;

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use vvu_guest_image::Overlay;
 use vvu_setup::SetupOptions;
 
 #[derive(Debug, Parser)]
@@ -21,6 +22,15 @@ pub(crate) enum Command {
     Setup(Setup),
     /// Build the appliance image in target/appliance and list what is in it
     Image,
+    /// Put a back-end of Debian's packages with its libraries into a directory, for `vvu run exec --overlay`
+    Overlay {
+        /// The back-end
+        #[arg(value_enum)]
+        program: OverlayProgram,
+        /// Directory to be made
+        #[arg(value_name = "DIR")]
+        directory: PathBuf,
+    },
     /// Show the main job: a driver VM's file system on a disk that an appliance VM emulates
     Demo {
         /// Leave the disk image in target/machine-tests/demo
@@ -109,6 +119,23 @@ pub(crate) struct Bench {
     /// Print one JSON document instead of a table
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OverlayProgram {
+    /// Disk images of many formats
+    QemuStorageDaemon,
+    /// A file system
+    Virtiofsd,
+}
+
+impl From<OverlayProgram> for Overlay {
+    fn from(program: OverlayProgram) -> Self {
+        match program {
+            OverlayProgram::QemuStorageDaemon => Self::QemuStorageDaemon,
+            OverlayProgram::Virtiofsd => Self::Virtiofsd,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

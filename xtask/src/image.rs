@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::{env, fs};
 
 use anyhow::{Context, bail};
-use vvu_guest_image::{ApplianceFiles, appliance_initramfs, build_appliance_image, build_driver_binaries};
+use vvu_guest_image::{ApplianceFiles, Overlay, appliance_initramfs, build_appliance_image, build_driver_binaries};
 use vvu_setup::Setup;
 
 use crate::workspace::Workspace;
@@ -25,6 +25,15 @@ pub(crate) fn build(workspace: &Workspace) -> anyhow::Result<ApplianceFiles> {
     let setup = ensure_setup()?;
     build_driver_binaries(&workspace.root, &workspace.target)?;
     Ok(build_appliance_image(&setup, &workspace.root, &workspace.target)?)
+}
+
+/// Makes a directory for `vvu run exec --overlay` and says what is in it and how it is called.
+pub(crate) fn build_overlay(overlay: Overlay, directory: &Path) -> anyhow::Result<()> {
+    let files = vvu_guest_image::build_overlay(&overlay.root()?, &[overlay.program()], directory)?;
+    let bytes: u64 = files.iter().map(|file| file.size_bytes).sum();
+    println!("{}: {} files, {} MB", directory.display(), files.len(), bytes.div_ceil(1_000_000));
+    println!("use: vvu run exec --socket SOCKET --overlay {} -- {} ...", directory.display(), overlay.program());
+    Ok(())
 }
 
 /// Assembles the initramfs again and compares; and looks for paths of this machine in it.

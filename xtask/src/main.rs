@@ -43,6 +43,7 @@ fn run(command: Command) -> anyhow::Result<bool> {
         Command::Image => {
             println!("{}", image::build(&workspace)?.manifest);
         }
+        Command::Overlay { program, directory } => image::build_overlay(program.into(), &directory)?,
         Command::Demo { keep_image } => {
             image::build(&workspace)?;
             workspace.build_programs(Profile::Dev)?;
