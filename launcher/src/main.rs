@@ -1,11 +1,11 @@
 //! `vvu`: the operator's command.
 //!
 //! It serves virtio devices from an appliance VM (`vvu run`), acts on a device that runs (`vvu status`, `upgrade`,
-//! `restart`, `resize`) and tells whether a host can serve one (`vvu check`). Operators and service managers use it; so does
-//! the project's demo, as everybody else would.
+//! `restart`, `resize`, `limit` and others) and tells whether a host can serve one (`vvu check`). Operators and service
+//! managers use it; so does the project's demo, as everybody else would.
 //!
 //! What it never does: it touches no driver VM memory, speaks no vhost-user, parses no disk image beyond the first bytes
-//! that tell a container format, and decides nothing about the device: that is the bridge's and the appliance's.
+//! that tell format and size, and decides nothing about the device: that is the bridge's and the appliance's.
 //!
 //! This file parses, runs, and turns the end into one line and an exit code: 0 for a run that a signal ended or a host
 //! that can serve, 1 for everything else, 2 for arguments that do not parse.

@@ -175,6 +175,11 @@ impl Run<'_> {
         tokio::select! {
             biased;
             name = self.signals.next() => self.inputs.push_back(Input::Signal(name)),
+            // Before deaths: what was agreed is for the next appliance VM, too.
+            changed = finished(self.changing.as_mut()) => {
+                self.changing = None;
+                self.take_over(changed);
+            }
             death = self.fleet.next_death() => {
                 let (member, death) = death?;
                 self.died(member, death);
@@ -187,10 +192,6 @@ impl Run<'_> {
             () = requests::gone(self.wanted.as_ref()) => {
                 self.wanted = None;
                 self.inputs.push_back(Input::ReplaceAbandoned);
-            }
-            changed = finished(self.changing.as_mut()) => {
-                self.changing = None;
-                self.take_over(changed);
             }
             () = until(deadline) => self.inputs.push_back(Input::TimePassed),
         }

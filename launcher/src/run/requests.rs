@@ -16,13 +16,25 @@ use crate::programs::{self, ApplianceFiles};
 use crate::resize::Resize;
 use crate::supervisor::{ApplianceId, Handover, Input, PortId, Replaced};
 
-/// What has changed.
+/// How a change of the device came out.
 #[derive(Debug)]
 pub(super) enum Changed {
-    /// The size of the disk, in bytes.
+    /// The disk has this size in bytes.
     Size(u64),
-    /// The settings.
-    Config(Box<ApplianceConfig>),
+    /// The back-end was asked for other settings.
+    Settings(Box<Settled>),
+}
+
+/// The answer to a change of settings, and who waits for it.
+#[derive(Debug)]
+pub(super) struct Settled {
+    /// Whose back-end was asked.
+    appliance: ApplianceId,
+    port: PortId,
+    /// The configuration with the change.
+    config: ApplianceConfig,
+    agreed: anyhow::Result<()>,
+    replies: Replies,
 }
 
 /// A replacement of the appliance VM, and who waits for it.
@@ -107,20 +119,14 @@ impl Run<'_> {
 
     /// Changes the settings of a port.
     fn change(&mut self, port: PortId, change: Change, replies: Replies) {
-        let prepared =
-            self.changeable().and_then(|id| Ok((self.control_channel(id), change.prepare(&self.plan.config, port)?)));
+        let prepared = self.changeable().and_then(|id| Ok((id, change.prepare(&self.plan.config, port)?)));
         match prepared {
-            Ok((channel, Prepared { request, config })) => {
+            Ok((appliance, Prepared { request, config })) => {
+                let channel = self.control_channel(appliance);
                 // It talks to the appliance, which may take its time.
                 self.changing = Some(tokio::spawn(async move {
                     let agreed = live::ask(&channel, &request).await;
-                    let settings = live::settings(&config, port);
-                    replies.send(match (&agreed, settings) {
-                        (Ok(()), Some(settings)) => Reply::Changed { port, settings },
-                        (Ok(()), None) => Reply::failed("there is nothing to change"),
-                        (Err(error), _) => Reply::failed(format!("nothing was changed: {error:#}")),
-                    });
-                    agreed.ok().map(|()| Changed::Config(Box::new(config)))
+                    Some(Changed::Settings(Box::new(Settled { appliance, port, config, agreed, replies })))
                 }));
             }
             Err(why) => replies.send(Reply::failed(why)),
@@ -141,9 +147,23 @@ impl Run<'_> {
                     disk.image.size_bytes = size_bytes;
                 }
             }
-            Some(Changed::Config(config)) => self.plan.config = *config,
+            Some(Changed::Settings(settled)) => self.settle(*settled),
             None => {}
         }
+    }
+
+    fn settle(&mut self, settled: Settled) {
+        let Settled { appliance, port, config, agreed, replies } = settled;
+        let still_in_use = self.supervisor.in_use() == Some(appliance);
+        replies.send(match (agreed, live::settings(&config, port)) {
+            (Err(error), _) => Reply::failed(format!("nothing was changed: {error:#}")),
+            // The next one has started without the change.
+            (Ok(()), Some(settings)) if still_in_use => {
+                self.plan.config = config;
+                Reply::Changed { port, settings }
+            }
+            (Ok(()), _) => Reply::failed("nothing was changed: the appliance VM is gone; try again"),
+        });
     }
 
     /// The image of the disk that is served.
