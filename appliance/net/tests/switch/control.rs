@@ -87,7 +87,7 @@ fn the_filter_of_a_port_can_be_changed() {
 
 #[test]
 fn a_rate_limit_holds_for_the_sender_and_the_receiver() {
-    let program = Program::start(&["iops=100", "iops=50"], &[]);
+    let program = Program::start(&["iops=100", "iops=1"], &[]);
     let mut left = Machine::connect(&program, 0, DATA_ONLY);
     let mut right = Machine::connect(&program, 1, DATA_ONLY);
     let (_, mut tx) = left.pair(0, 0, 0);
@@ -99,12 +99,12 @@ fn a_rate_limit_holds_for_the_sender_and_the_receiver() {
     }
     let elapsed = start.elapsed();
     assert!(elapsed.as_millis() >= 290 && elapsed < LIMIT, "{elapsed:?}");
-    // The receiver loses what is too much for it: of a packet each 10 ms, half.
+    // The receiver loses what is too much for it: all but one in a second.
     let mut received = 0;
     while rx.try_receive(&right).is_some() {
         received += 1;
     }
-    assert!((10..40).contains(&received), "{received}");
+    assert!((1..=start.elapsed().as_secs() + 2).contains(&received), "{received}");
     assert_eq!(program.counter(1, "rx_limited"), 40 - received);
     let limits = json!({ "set-limits": { "port": 0, "operations_per_second": 0, "bytes_per_second": 0 } });
     program.ask(&limits).unwrap();

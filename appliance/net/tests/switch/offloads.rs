@@ -69,6 +69,11 @@ fn a_checksum_is_completed_for_a_driver_that_does_not_do_it() {
         assert_eq!(received.header[..10], expected);
     }
     assert_eq!(program.counter(1, "rx_checksums"), 1);
+    // Nobody is to believe a driver that says that a checksum was found right.
+    let mut right = Machine::connect(&program, 1, DATA_ONLY);
+    let (mut rx, _) = right.pair(0, 4, 2000);
+    tx.send(&left, &[2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], &frame);
+    assert_eq!(rx.receive(&right).header[..10], [0; 10]);
 }
 
 #[test]

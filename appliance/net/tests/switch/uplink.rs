@@ -9,15 +9,20 @@ use crate::driver::{DATA_ONLY, GUEST_CSUM, Machine, Received, wait_until};
 use crate::frames::{NO_OFFLOAD, header, is_right, plain, udp};
 use crate::program::{LIMIT, Program, mac};
 
-/// Runs one of the tests below where it can make interfaces.
+/// Set for the tests that may make interfaces.
+const IN_NAMESPACE: &str = "VVU_NET_IN_NAMESPACE";
+
+/// Runs one of the tests below where it can make interfaces. What it prints is shown if it fails.
 fn in_a_namespace(test: &str) {
-    let status = Command::new("unshare")
+    let output = Command::new("unshare")
         .args(["--user", "--map-root-user", "--net"])
         .arg(std::env::current_exe().unwrap())
         .args(["--exact", &format!("uplink::{test}"), "--ignored", "--nocapture"])
-        .status()
+        .env(IN_NAMESPACE, "1")
+        .output()
         .unwrap();
-    assert!(status.success(), "{test}: {status}");
+    let text = [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned()).concat();
+    assert!(output.status.success() && text.contains("1 passed"), "{test}: {}\n{text}", output.status);
 }
 
 #[test]
@@ -50,6 +55,7 @@ fn start(ports: &[&str]) -> Program {
 
 /// The interface `vvu0`, with address 10.0.0.1, and stations 10.0.0.2 and 10.0.0.3 that are ports 0 and 1.
 fn make_interface() -> [u8; 6] {
+    assert!(std::env::var_os(IN_NAMESPACE).is_some(), "to be run by the test without 'inside'");
     ip("tuntap add dev vvu0 mode tap multi_queue vnet_hdr");
     std::fs::write("/proc/sys/net/ipv6/conf/vvu0/disable_ipv6", "1").unwrap();
     ip("link set vvu0 address 52:54:00:00:07:07 up");
