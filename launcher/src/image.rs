@@ -45,6 +45,8 @@ pub(crate) enum Expected {
     Raw,
     /// Whatever it is, its bytes are served.
     Anything,
+    /// Whatever it is, it is still to be made longer, or its length does not matter.
+    AnyLength,
     /// A qcow2 image.
     Qcow2,
 }
@@ -166,19 +168,28 @@ impl Image {
             _ => {}
         }
         let size_bytes = file.seek(SeekFrom::End(0)).map_err(system)?;
-        match size_bytes {
-            0 => return Err(ImageError::Empty(owned())),
-            // The disk of a qcow2 image is not that long anyway.
-            size if size % u64::from(SECTOR_BYTES) != 0 && expected != Expected::Qcow2 => {
-                return Err(ImageError::OddSize { path: owned(), size });
-            }
-            _ => {}
-        }
         let (logical_block_bytes, physical_block_bytes) = match kind {
             ImageKind::File => (SECTOR_BYTES, FILE_PHYSICAL_BLOCK_BYTES),
             ImageKind::BlockDevice => device_block_sizes(metadata.rdev()),
         };
-        Ok(Self { path: text, kind, size_bytes, logical_block_bytes, physical_block_bytes, read_only })
+        let image = Self { path: text, kind, size_bytes, logical_block_bytes, physical_block_bytes, read_only };
+        if matches!(expected, Expected::Raw | Expected::Anything) {
+            image.check_length()?;
+        }
+        Ok(image)
+    }
+
+    /// Checks that the bytes make whole sectors, and at least one.
+    ///
+    /// # Errors
+    /// [`ImageError::Empty`], [`ImageError::OddSize`].
+    pub(crate) fn check_length(&self) -> Result<(), ImageError> {
+        let path = || PathBuf::from(&self.path);
+        match self.size_bytes {
+            0 => Err(ImageError::Empty(path())),
+            size if size % u64::from(SECTOR_BYTES) != 0 => Err(ImageError::OddSize { path: path(), size }),
+            _ => Ok(()),
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use vvu_appliance_config::{Format, MAX_NAME_LEN, MAX_SERIAL_LEN};
 use vvu_protocol::window;
 
-use crate::image::Expected;
+use crate::image::{Expected, SECTOR_BYTES};
 use crate::size::{GIB, MIB, Size};
 
 /// Smallest appliance memory in bytes; below this its kernel and initial RAM file system do not unpack.
@@ -83,7 +83,11 @@ impl FromStr for DiskSpec {
             match part.split_once('=') {
                 None if part == "ro" => disk.read_only = true,
                 Some(("size", size)) => {
-                    disk.size = Some(size.parse().map_err(|error: crate::size::SizeError| error.to_string())?);
+                    let size: Size = size.parse().map_err(|error: crate::size::SizeError| error.to_string())?;
+                    if !size.0.is_multiple_of(u64::from(SECTOR_BYTES)) {
+                        return Err(format!("{size} is no multiple of {SECTOR_BYTES}"));
+                    }
+                    disk.size = Some(size);
                 }
                 _ => return Err(format!("'{part}' is neither ro nor size=SIZE")),
             }
@@ -146,7 +150,7 @@ mod tests {
     fn disks_are_read_with_their_properties() {
         let disk = DiskSpec { name: "data-1".into(), path: "/a,b=c".into(), read_only: true, size: Some(Size(GIB)) };
         assert_eq!("data-1=/a,,b=c,ro,size=1G".parse(), Ok(disk));
-        for text in ["", "/a", "data=", "Data=/a", "=/a", "data=/a,rw", "data=/a,size=big"] {
+        for text in ["", "/a", "data=", "Data=/a", "=/a", "data=/a,rw", "data=/a,size=big", "data=/a,size=513"] {
             assert!(text.parse::<DiskSpec>().is_err(), "{text}");
         }
     }

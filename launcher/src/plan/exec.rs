@@ -41,10 +41,14 @@ impl Draft {
 }
 
 fn disk(spec: &DiskSpec) -> anyhow::Result<DiskDraft> {
-    let mut image = Image::check(&spec.path, spec.read_only, Expected::Anything)?;
+    let mut image = Image::check(&spec.path, spec.read_only, Expected::AnyLength)?;
     let lock = Some(ImageLock::take(&image)?);
     if let Some(size) = spec.size {
         image.grow(size.0)?;
+    }
+    // What is only read is filled up to whole sectors by QEMU.
+    if !spec.read_only {
+        image.check_length()?;
     }
     // What a program makes of a disk nobody knows.
     Ok(DiskDraft { serial: spec.name.clone(), image, lock, has_metadata: true })
@@ -108,6 +112,20 @@ mod tests {
         assert_eq!(options.disks, [ExecDisk { name: "data".into(), read_only: false }]);
         assert_eq!((draft.channels.as_slice(), draft.disks[0].image.size_bytes), (&["qmp".to_owned()][..], 1 << 20));
         assert!(!draft.can_stand_by(), "two programs would write to the disk");
+    }
+
+    #[test]
+    fn a_disk_is_made_longer_before_its_length_is_judged() {
+        let directory = tempfile::tempdir().unwrap();
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let with = |length: u64, more: &str| {
+            image.as_file().set_len(length).unwrap();
+            draft(directory.path(), &[&format!("--disk=data={}{more}", image.path().display())], &["{socket}"])
+        };
+        assert_eq!(with(196_616, ",size=1M").unwrap().disks[0].image.size_bytes, 1 << 20);
+        assert_eq!(with(0, ",size=1M").unwrap().disks[0].image.size_bytes, 1 << 20);
+        assert_eq!(with(196_616, ",ro").unwrap().disks[0].image.size_bytes, 196_616);
+        assert!(with(196_616, "").unwrap_err().to_string().contains("no multiple of 512"));
     }
 
     #[test]
