@@ -12,7 +12,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vvu_back_end::wakeup::Wakeup;
-use vvu_back_end::{Chain, Pause, Ring, RingError, RingSignals, Segment, Service, total_len};
+use vvu_back_end::{Chain, Ring, RingError, RingSignals, Segment, Service, total_len};
 
 use vvu_protocol::features::Features;
 
@@ -49,8 +49,6 @@ struct Open {
     /// What the driver has accepted; it may have asked for less since.
     offloads: Offloads,
     condition: Condition,
-    /// What the front-end has to give, for the queue's thread to ask it for.
-    pause: Option<Pause>,
     watch: MemoryWatch,
     /// Who waits for more buffers.
     waiters: Vec<Arc<Wakeup>>,
@@ -149,10 +147,9 @@ impl Receiver {
     /// The ring waits if it is for the front-end to give something, which the queue's thread asks for; else it is broken.
     fn stop_for(&self, open: &mut Open, fault: Fault, port: &Port, bell: &mut Bell) {
         if let Fault::Ring(error) = &fault
-            && let Some(pause) = error.pause()
+            && error.pause().is_some()
         {
             open.condition = Condition::Waiting;
-            open.pause = Some(pause);
             open.signals.wake();
             return;
         }
@@ -180,7 +177,6 @@ impl Receiver {
             translated: service.features().contains(Features::ACCESS_PLATFORM),
             offloads: Offloads::of_receiver(bits),
             condition: Condition::Working,
-            pause: None,
             watch: MemoryWatch::new(),
             waiters: Vec::new(),
             chain: Chain::new(MAX_INDIRECT_CHAIN),
@@ -211,51 +207,33 @@ impl Receiver {
     /// Asks the front-end for what the ring waits for, unless it has come; and with an IOMMU for what it will wait for, so that
     /// no packet has to be dropped for the lack of a mapping.
     fn proceed(&self, open: &mut Open, port: &Port, service: &Service<'_>, bell: &mut Bell) {
-        if open.condition == Condition::Working && open.translated {
-            return self.ask_ahead(open, port, service, bell);
-        }
-        if open.condition != Condition::Waiting {
-            return;
-        }
-        let pause = match (open.pause.take(), open.look_ahead()) {
-            (None, Ok(_)) => {
-                open.condition = Condition::Working;
-                service.resume();
-                open.wake_waiters();
-                self.publish(open, port, bell);
-                return;
-            }
-            // Just found; the front-end has not been asked yet.
-            (Some(pause), _) => Ok(pause),
-            (None, Err(Fault::Ring(error))) => error.pause().ok_or(Fault::Ring(error)),
-            (None, Err(fault)) => Err(fault),
-        };
-        let outcome = pause.and_then(|pause| service.pause(pause).map_err(Fault::from));
-        if let Err(fault) = outcome {
-            self.stop_for(open, fault, port, bell);
+        let looks = open.condition == Condition::Waiting || open.condition == Condition::Working && open.translated;
+        let mut is_more = looks;
+        while is_more {
+            is_more = match self.look_ahead(open, port, service, bell) {
+                Ok(is_more) => is_more,
+                Err(fault) => return self.stop_for(open, fault, port, bell),
+            };
         }
     }
 
-    /// The mappings of all buffers that are there, one after the other; then those of the next ones.
-    fn ask_ahead(&self, open: &mut Open, port: &Port, service: &Service<'_>, bell: &mut Bell) {
-        loop {
-            let outcome = match open.look_ahead() {
-                Ok(available) => {
-                    service.resume();
-                    open.ring.listen_beyond(available).map_err(Fault::from)
-                }
-                Err(Fault::Ring(error)) => match error.pause() {
-                    Some(pause) => service.pause(pause).map(|()| false).map_err(Fault::from),
-                    None => Err(error.into()),
-                },
-                Err(fault) => Err(fault),
-            };
-            match outcome {
-                Ok(true) => {}
-                Ok(false) => return,
-                Err(fault) => return self.stop_for(open, fault, port, bell),
+    /// Looks at the ring and all buffers that are there. True if there are more by now.
+    fn look_ahead(&self, open: &mut Open, port: &Port, service: &Service<'_>, bell: &mut Bell) -> Result<bool, Fault> {
+        let available = match open.reach() {
+            Ok(available) => available,
+            Err(error) => {
+                // The same question is asked once, and its answer wakes this thread.
+                service.pause(error.pause().ok_or(error)?)?;
+                return Ok(false);
             }
+        };
+        service.resume();
+        if open.condition == Condition::Waiting {
+            open.condition = Condition::Working;
+            open.wake_waiters();
+            self.publish(open, port, bell);
         }
+        Ok(open.translated && open.condition == Condition::Working && open.ring.listen_beyond(available)?)
     }
 
     /// The driver has kicked: there are more buffers.
@@ -381,7 +359,7 @@ impl Open {
     }
 
     /// Finds out whether the ring and all buffers that are there can be reached. The number of buffers.
-    fn look_ahead(&mut self) -> Result<u16, Fault> {
+    fn reach(&mut self) -> Result<u16, RingError> {
         self.ring.place()?;
         let available = self.ring.available()?;
         for ahead in 0..available {
