@@ -53,10 +53,9 @@ fn number(name: &str) -> Option<u64> {
 fn a_front_end_comes_uses_the_device_and_goes() {
     let _alone = ALONE.lock().unwrap();
     warm_up();
-    for seed in 0..20 {
-        let played = check(seed, 8, &[Action::Connect, Action::Seconds, Action::Moment, Action::Seconds]);
-        assert!(played.requests > 0, "the driver has submitted nothing");
-    }
+    let script = [Action::Connect, Action::Seconds, Action::Moment, Action::Seconds];
+    let requests: u64 = (0..20).map(|seed| check(seed, 8, &script).requests).sum();
+    assert!(requests > 100, "the drivers have submitted {requests} requests");
 }
 
 #[test]
@@ -66,7 +65,10 @@ fn a_seed_says_it_all() {
     warm_up();
     let told = |seed| {
         play(seed, 40, &[]);
-        log::lines()
+        let mut lines = log::lines();
+        // Its name is not by the seed.
+        lines.retain(|line| !line.contains("directory="));
+        lines
     };
     for seed in [3, 14, 159] {
         assert!(told(seed) == told(seed), "schedule {seed} is not the same twice");
