@@ -137,7 +137,14 @@ impl WindowPort {
         };
         let seconds = MAP_TIMEOUT.as_secs();
         let late = ApplianceError::Timeout { what: "a mapping of driver memory", seconds };
-        tokio::time::timeout(MAP_TIMEOUT, performed).await.unwrap_or(Err(late))
+        let result = tokio::time::timeout(MAP_TIMEOUT, performed).await.unwrap_or(Err(late));
+        match result {
+            // An appliance that is being reset may refuse what it would have granted a moment before.
+            Err(ApplianceError::Refused { .. }) if self.state.borrow().losses != self.losses => {
+                Err(ApplianceError::Reset)
+            }
+            result => result,
+        }
     }
 }
 
