@@ -46,6 +46,7 @@ pub(crate) fn begin() {
 }
 
 fn note_panic(info: &PanicHookInfo<'_>) {
+    eprintln!("{info}");
     fail(&info.to_string());
 }
 

@@ -2,7 +2,7 @@
 
 use std::env;
 use std::panic::catch_unwind;
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use vvu_simulation::coverage::Coverage;
@@ -19,6 +19,11 @@ const ACTIONS: u64 = 60;
 
 /// One schedule at a time: the descriptors of the process are counted.
 static ALONE: Mutex<()> = Mutex::new(());
+
+fn alone() -> MutexGuard<'static, ()> {
+    // A test that has failed leaves nothing behind that another one would see.
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 fn descriptors() -> usize {
     std::fs::read_dir("/proc/self/fd").unwrap().count()
@@ -51,7 +56,7 @@ fn number(name: &str) -> Option<u64> {
 
 #[test]
 fn a_front_end_comes_uses_the_device_and_goes() {
-    let _alone = ALONE.lock().unwrap();
+    let _alone = alone();
     warm_up();
     let script = [Action::Connect, Action::Seconds, Action::Moment, Action::Seconds];
     let requests: u64 = (0..20).map(|seed| check(seed, 8, &script).requests).sum();
@@ -61,7 +66,7 @@ fn a_front_end_comes_uses_the_device_and_goes() {
 #[test]
 #[cfg(tokio_unstable)]
 fn a_seed_says_it_all() {
-    let _alone = ALONE.lock().unwrap();
+    let _alone = alone();
     warm_up();
     let told = |seed| {
         play(seed, 40, &[]);
@@ -77,7 +82,7 @@ fn a_seed_says_it_all() {
 
 #[test]
 fn random_schedules() {
-    let _alone = ALONE.lock().unwrap();
+    let _alone = alone();
     warm_up();
     let first = number("VVU_SIMULATION_SEED").unwrap_or(1);
     let given = number("VVU_SIMULATION_SCHEDULES");
