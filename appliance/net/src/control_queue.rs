@@ -48,7 +48,7 @@ pub(crate) fn serve(port: &Port, service: &Service<'_>) {
 
 impl Worker<'_> {
     fn run(&mut self) {
-        let mut waiting = Waiting::new(Arc::clone(self.service.kick()), Arc::clone(self.service.wakeup()));
+        let mut waiting = Waiting::new(self.service);
         let mut condition = Condition::Working;
         while !self.service.should_stop() {
             if condition == Condition::Working {
@@ -62,11 +62,7 @@ impl Worker<'_> {
                 self.port.counters.kicks.count();
             }
             if events.woken {
-                let changes = self.service.update(self.ring.as_mut());
-                if let Some(kick) = changes.kick {
-                    waiting.replace_kick(kick);
-                }
-                if changes.signal {
+                if waiting.follow(self.service, self.ring.as_mut()) {
                     self.signal();
                 }
                 if condition == Condition::Waiting {
@@ -126,10 +122,7 @@ impl Worker<'_> {
     }
 
     fn signal(&mut self) {
-        if let Some(call) = self.service.call() {
-            self.port.counters.calls.count();
-            self.bell.signal(self.port.target(self.service.index()), call);
-        }
+        self.port.signal_driver(self.service, &mut self.bell);
     }
 
     fn pause_or_break(&mut self, fault: Fault) -> Condition {

@@ -206,6 +206,14 @@ impl Port {
         Target::try_from(self.index).unwrap_or(0) * TARGETS_PER_PORT + Target::from(queue)
     }
 
+    /// Lets the driver look at what was returned on a ring.
+    pub(crate) fn signal_driver(&self, service: &Service<'_>, bell: &mut Bell) {
+        if let Some(call) = service.call() {
+            self.counters.calls.count();
+            bell.signal(self.target(service.index()), call);
+        }
+    }
+
     /// Which queue is the control queue: the one behind all others that the driver knows of (virtio 1.3, section 5.1.2).
     pub(crate) fn control_queue(&self, bits: u64) -> Option<u16> {
         let pairs = if bits & features::MQ != 0 { self.max_pairs } else { 1 };

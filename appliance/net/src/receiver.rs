@@ -186,22 +186,16 @@ impl Receiver {
         *self.lock() = Some(open);
     }
 
-    /// Follows what the front-end has changed, and looks again at what the ring waits for. The new kick, if there is one.
-    pub(crate) fn follow(
-        &self,
-        port: &Port,
-        service: &Service<'_>,
-        bell: &mut Bell,
-    ) -> Option<Arc<std::os::fd::OwnedFd>> {
+    /// Follows what the front-end has changed, and looks again at what the ring waits for.
+    pub(crate) fn follow(&self, port: &Port, service: &Service<'_>, waiting: &mut Waiting, bell: &mut Bell) {
         let mut guard = self.lock();
-        let changes = service.update(guard.as_mut().map(|open| &mut open.ring));
+        let signal = waiting.follow(service, guard.as_mut().map(|open| &mut open.ring));
         if let Some(open) = guard.as_mut() {
-            if changes.signal {
+            if signal {
                 self.signal(open, port, bell);
             }
             self.proceed(open, port, service, bell);
         }
-        changes.kick
     }
 
     /// Asks the front-end for what the ring waits for, unless it has come; and with an IOMMU for what it will wait for, so that
@@ -377,7 +371,7 @@ pub(crate) fn header_len(bits: u64) -> usize {
 /// Serves the queue's ring until it is stopped, on the queue's thread.
 pub(crate) fn serve(port: &Port, receiver: &Receiver, pair: u16, service: &Service<'_>) {
     let Some(mut bell) = port.new_bell() else { return };
-    let mut waiting = Waiting::new(Arc::clone(service.kick()), Arc::clone(service.wakeup()));
+    let mut waiting = Waiting::new(service);
     let mut opening = Condition::Waiting;
     let mut try_to_open = true;
     while !service.should_stop() {
@@ -395,9 +389,7 @@ pub(crate) fn serve(port: &Port, receiver: &Receiver, pair: u16, service: &Servi
         }
         let events = waiting.wait(&mut bell, None);
         if events.woken {
-            if let Some(kick) = receiver.follow(port, service, &mut bell) {
-                waiting.replace_kick(kick);
-            }
+            receiver.follow(port, service, &mut waiting, &mut bell);
             try_to_open = true;
         }
         if events.kicked {

@@ -75,8 +75,7 @@ pub(crate) fn serve(switch: &Switch, port: &Port, service: &Service<'_>) {
 
 impl Transmitter<'_> {
     fn run(&mut self) {
-        let (kick, wakeup) = (Arc::clone(self.service.kick()), Arc::clone(self.service.wakeup()));
-        let mut waiting = Waiting::new(kick, wakeup);
+        let mut waiting = Waiting::new(self.service);
         // Packets may have been made available before the ring started, and their kick may be gone.
         let mut intake = Intake::Ready;
         while !self.service.should_stop() {
@@ -92,14 +91,8 @@ impl Transmitter<'_> {
             if events.kicked {
                 self.port.counters.kicks.count();
             }
-            if events.woken {
-                let changes = self.service.update(self.ring.as_mut());
-                if let Some(kick) = changes.kick {
-                    waiting.replace_kick(kick);
-                }
-                if changes.signal {
-                    self.signal();
-                }
+            if events.woken && waiting.follow(self.service, self.ring.as_mut()) {
+                self.signal();
             }
             intake = match intake {
                 Intake::Waiting if events.kicked || events.woken => Intake::Ready,
@@ -184,10 +177,7 @@ impl Transmitter<'_> {
     }
 
     fn signal(&mut self) {
-        if let Some(call) = self.service.call() {
-            self.port.counters.calls.count();
-            self.outbox.bell.signal(self.port.target(self.service.index()), call);
-        }
+        self.port.signal_driver(self.service, &mut self.outbox.bell);
     }
 
     fn pause_or_break(&mut self, fault: Fault) -> Intake {

@@ -8,6 +8,7 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use vvu_back_end::wakeup::Wakeup;
+use vvu_back_end::{Ring, Service};
 
 use crate::bell::Bell;
 
@@ -29,13 +30,17 @@ pub(crate) struct Events {
 }
 
 impl Waiting {
-    pub(crate) fn new(kick: Arc<OwnedFd>, wakeup: Arc<Wakeup>) -> Self {
-        Self { kick: Some(kick), wakeup }
+    pub(crate) fn new(service: &Service<'_>) -> Self {
+        Self { kick: Some(Arc::clone(service.kick())), wakeup: Arc::clone(service.wakeup()) }
     }
 
-    /// Waits for this kick from now on.
-    pub(crate) fn replace_kick(&mut self, kick: Arc<OwnedFd>) {
-        self.kick = Some(kick);
+    /// Takes over what the control thread has changed; a new kick is waited for from now on. True if the driver is to be signalled.
+    pub(crate) fn follow(&mut self, service: &Service<'_>, ring: Option<&mut Ring>) -> bool {
+        let changes = service.update(ring);
+        if changes.kick.is_some() {
+            self.kick = changes.kick;
+        }
+        changes.signal
     }
 
     /// Waits until something happens, or for as long as is said.
