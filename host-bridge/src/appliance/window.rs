@@ -182,8 +182,8 @@ pub struct Window {
 }
 
 impl Window {
-    /// A window device on the socket of the appliance's VMM, and the port to it. `header` is made by [`header_file`]; `state` is kept up to
-    /// date.
+    /// A window device on the socket of the appliance's VMM, and the port to it. `header` is made by [`header_file`];
+    /// `state` is kept up to date.
     ///
     /// # Errors
     /// [`ApplianceError`] if the socket cannot be used.
