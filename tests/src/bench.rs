@@ -1,4 +1,6 @@
-//! Figures: fio in one driver VM, in turns on two disks that are the same image, one served by the appliance VM and one
+//! Figures. Here those of the disk; [`network`] and [`memory`] have theirs.
+//!
+//! The disk: fio in one driver VM, in turns on two disks that are the same image, one served by the appliance VM and one
 //! by qemu-storage-daemon on the host.
 //!
 //! Times depend on the machine, and under TCG they say nothing; ratios of neighbouring runs do. So each round runs one job
@@ -19,6 +21,9 @@ use crate::evidence;
 use crate::fio::{Figures, Job};
 use crate::image_file::create;
 use crate::testbed::Testbed;
+
+pub mod memory;
+pub mod network;
 
 /// The jobs, in the order of the table.
 const JOBS: [Job; 6] = [

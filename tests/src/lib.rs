@@ -31,6 +31,7 @@ pub mod image_file;
 pub mod iperf;
 pub mod loss;
 pub mod network;
+pub mod packaged;
 pub mod pauses;
 pub mod process;
 pub mod qmp;

@@ -89,23 +89,35 @@ pub enum ServedSwitch {
 }
 
 impl ServedSwitch {
-    /// Starts a switch with these ports and further options: `vvu run switch`, or `vvu-net` on the host if
+    /// Starts a switch with these ports and further options: [`ServedSwitch::in_appliance`], or [`ServedSwitch::on_host`] if
     /// [`BACKEND_VARIABLE`] is `vvu-net`.
     ///
     /// # Errors
     /// If it does not come up.
     pub fn start(testbed: &Testbed, ports: &[&Port], options: &[&str]) -> Result<Self> {
         if env::var_os(BACKEND_VARIABLE).is_some_and(|name| name == "vvu-net") {
-            return Self::start_on_host(testbed, ports, options);
+            return Self::on_host(testbed, ports, options);
         }
+        Self::in_appliance(testbed, ports, options)
+    }
+
+    /// Starts `vvu run switch` with these ports and further options.
+    ///
+    /// # Errors
+    /// If it does not come up.
+    pub fn in_appliance(testbed: &Testbed, ports: &[&Port], options: &[&str]) -> Result<Self> {
         let ports =
             ports.iter().flat_map(|port| ["--port".into(), format!("{},{}", port.socket.display(), port.settings())]);
         let options = ports.chain(options.iter().map(|option| (*option).to_owned())).collect::<Vec<_>>();
         Ok(Self::Vvu(Box::new(VvuRun::start_class(testbed, "switch", "switch", &options)?)))
     }
 
-    /// The sockets listen before the program starts and are inherited, so there is nothing to wait for.
-    fn start_on_host(testbed: &Testbed, ports: &[&Port], options: &[&str]) -> Result<Self> {
+    /// Starts `vvu-net` on the host with these ports and further options. The sockets listen before it starts and are
+    /// inherited, so there is nothing to wait for.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn on_host(testbed: &Testbed, ports: &[&Port], options: &[&str]) -> Result<Self> {
         let mut command = command_that_dies_with_us(workspace_program("vvu-net", "VVU_NET_BIN")?);
         let mut listeners = Vec::new();
         for port in ports {
@@ -116,7 +128,7 @@ impl ServedSwitch {
             listeners.push(listener);
         }
         command.args(options);
-        Ok(Self::OnHost(Process::spawn("switch", command, testbed.folder())?))
+        Ok(Self::OnHost(Process::spawn("switch-on-host", command, testbed.folder())?))
     }
 
     /// The `vvu run`, if it is one.

@@ -103,7 +103,7 @@ impl Testbed {
     }
 
     /// Images are large and say nothing about a test that held.
-    fn remove_images(&self) -> Result<()> {
+    pub(crate) fn remove_images(&self) -> Result<()> {
         for entry in fs::read_dir(&self.folder)? {
             let path = entry?.path();
             if path.extension().is_some_and(|extension| extension == "img") {

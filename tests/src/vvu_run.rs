@@ -406,7 +406,7 @@ impl VvuRun {
 }
 
 /// The appliance image: `$VVU_APPLIANCE`, else the one that `cargo xtask image` has built.
-fn appliance_dir() -> Result<PathBuf> {
+pub(crate) fn appliance_dir() -> Result<PathBuf> {
     match env::var_os("VVU_APPLIANCE") {
         Some(dir) => Ok(dir.into()),
         None => Ok(target_dir()?.join("appliance")),

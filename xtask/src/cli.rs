@@ -41,7 +41,7 @@ pub(crate) enum Command {
     Test(Test),
     /// Play bridge and agent against each other, without VMs, through random schedules
     Simulate(Simulate),
-    /// Measure the disk in the driver VM: its speed in turn with qemu-storage-daemon on the host, or its pauses
+    /// Measure: disk or network in turn with other ways to serve it, the driver VM's pauses, the appliance VM's memory
     Bench(Bench),
     /// Kill parts at random under a verified load, over and over
     Soak(Soak),
@@ -104,16 +104,16 @@ pub(crate) struct Bench {
     /// What is measured
     #[arg(value_enum, default_value_t = Figure::Disk)]
     pub(crate) figure: Figure,
-    /// Rounds of each job, or of each kind of pause [default: 3, and 10 for pauses]
+    /// Rounds of each job, or of each kind of pause [default: 3, and 10 for pauses]; memory has none
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) rounds: Option<u32>,
-    /// Seconds of each run of fio
+    /// Seconds of each run of fio or iperf3
     #[arg(long, value_name = "SECONDS", default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) runtime: u64,
-    /// Size of the image in MiB
+    /// Size of the disk's image in MiB
     #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u64).range(64..))]
     pub(crate) image_size: u64,
-    /// What is compared with qemu-storage-daemon
+    /// Which disk is compared with qemu-storage-daemon's
     #[arg(long, value_enum, default_value_t = Measured::Vvu)]
     pub(crate) measured: Measured,
     /// Print one JSON document instead of a table
@@ -142,6 +142,10 @@ impl From<OverlayProgram> for Overlay {
 pub(crate) enum Figure {
     /// Requests per second and latency
     Disk,
+    /// TCP throughput between driver VMs and to the host, beside QEMU's own devices, passt, and vvu-net on the host
+    Net,
+    /// Memory of an appliance VM for each class of device, and the size of its image
+    Memory,
     /// How long the driver VM waits when something behind its disk is lost or replaced, or when it migrates
     Pauses,
 }
