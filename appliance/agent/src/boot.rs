@@ -14,6 +14,8 @@ use rustix::termios::tcdrain;
 use tracing_subscriber::EnvFilter;
 use vvu_appliance_config::{ApplianceConfig, Device, FW_CFG_NAME, MAX_CONFIG_LEN};
 
+use crate::user_namespace::forbid_to_programs;
+
 /// File systems of the kernel, and a place for sockets.
 const MOUNTS: [(&str, &str, MountFlags); 4] = [
     ("proc", "/proc", MountFlags::from_bits_retain(NOTHING_RUNS_FROM)),
@@ -57,14 +59,14 @@ pub fn mount_file_systems() -> Result<()> {
 }
 
 /// Prepares what back-end programs find and inherit: nobody's memory is ever written to a file, and programs of others, if the
-/// configuration has any, find what they expect of a system.
+/// configuration has any, find what they expect of a system. Without those, nobody has a use for user namespaces.
 ///
 /// # Errors
 /// If the kernel refuses something.
 pub fn prepare_for_programs(config: &ApplianceConfig) -> Result<()> {
     limit(Resource::Core, |_| Rlimit { current: Some(0), maximum: Some(0) })?;
     if !config.back_ends.iter().any(|back_end| matches!(back_end.device, Device::Exec(_))) {
-        return Ok(());
+        return forbid_to_programs().context("cannot forbid user namespaces");
     }
     limit(Resource::Nofile, |now| Rlimit { maximum: Some(MAX_OPEN_FILES), ..now })?;
     for (kind, target, flags, options) in MOUNTS_OF_PROGRAMS {

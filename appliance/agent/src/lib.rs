@@ -4,16 +4,16 @@
 //! back-end running as a process of its own without privileges, and is the front-end on the back-end's socket: a frame
 //! from the bridge becomes a vhost-user message, its handles become file descriptors, and the back-end's reply becomes a
 //! frame. What a back-end needs besides it prepares: disks and directories of its own ([`programs`]), a TAP on the appliance's
-//! network card ([`network`]), byte streams to the host ([`channel`]), the length of the window ([`node_size`]). The binary
-//! `vvu-agent` runs it; tests run [`session`] against a control device of their own.
+//! network card ([`network`]), byte streams to the host ([`channel`]), the length of the window ([`node_size`]), users to serve
+//! files to ([`user_namespace`]). The binary `vvu-agent` runs it; tests run [`session`] against a control device of their own.
 //!
 //! It never looks at a device's data or at the bytes of a channel, signals nothing itself while a device runs, and has no device
 //! code. Of driver memory it reads one number: the index of a used ring, when a back-end was lost
 //! ([`window::Window::read_u16`]). It trusts neither the bridge nor the back-end to follow the rules.
 //!
 //! Pure: [`regions`], [`memory_map`], [`restarts`], the staging of [`modules`], the rules of [`ring`] and [`translate`], the
-//! arguments of [`programs`]. Unsafe: the ioctls of [`vfio`] and [`network`], the filter of [`node_size`], and the waiting of
-//! [`watch`]. Waiting: [`session`], [`supervisor`], [`process`], [`back_end`], [`channel`], [`reaper`].
+//! arguments of [`programs`]. Unsafe: the ioctls of [`vfio`] and [`network`], what [`node_size`] and [`user_namespace`] do before a
+//! program begins, and the waiting of [`watch`]. Waiting: [`session`], [`supervisor`], [`process`], [`back_end`], [`channel`], [`reaper`].
 
 pub mod back_end;
 pub mod boot;
@@ -39,6 +39,8 @@ pub mod ring;
 pub mod session;
 pub mod supervisor;
 pub mod translate;
+pub mod user;
+pub mod user_namespace;
 pub mod uuid;
 pub mod vfio;
 pub mod virtio_pci;

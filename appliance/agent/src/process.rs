@@ -8,7 +8,6 @@ use std::cell::{Cell, RefCell};
 use std::ffi::OsString;
 use std::fs;
 use std::io;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::rc::Rc;
@@ -25,6 +24,7 @@ use crate::output::log_lines;
 use crate::process_table::{holds, kill_user, of_user};
 use crate::reaper::{Child, Exit, Reaper};
 use crate::restarts::{MAX_RESTARTS, PERIOD, RestartLimit};
+use crate::user::User;
 use crate::window::Window;
 
 /// Between two looks for what is left of a program: no event tells of the end of a process that is not one's own child.
@@ -43,8 +43,8 @@ pub struct BackEndProgram {
     pub directory: PathBuf,
     /// Where it listens. The directories exist, and the program may write to them.
     pub sockets: Vec<PathBuf>,
-    /// User and group id to run it as, or `None` for the agent's own. No other program has it.
-    pub user: Option<u32>,
+    /// Whom to run it as, or `None` for the agent's own user. No other program has it.
+    pub user: Option<User>,
     /// Where its output goes.
     pub output: Output,
     /// The window whose length it is told when it asks for that in the way of files ([`node_size`]).
@@ -97,7 +97,7 @@ struct Shared {
 #[derive(Debug)]
 pub(crate) struct Run {
     child: Child,
-    user: Option<u32>,
+    user: Option<User>,
     /// Its end has been counted, or is none to count.
     judged: Cell<bool>,
     /// It has answered on a connection.
@@ -190,8 +190,7 @@ impl Shared {
         command.args(&program.arguments).env_clear().envs(program.environment.iter().cloned());
         command.stdin(Stdio::null()).current_dir(&program.directory);
         if let Some(user) = program.user {
-            // Setting the user also clears the supplementary groups.
-            command.uid(user).gid(user);
+            user.apply(&mut command)?;
         }
         if program.output == Output::Logged {
             let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;

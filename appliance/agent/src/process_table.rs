@@ -6,20 +6,22 @@ use std::path::Path;
 
 use rustix::process::{Pid, Signal, kill_process};
 
+use crate::user::User;
+
 const PROC: &str = "/proc";
 
-/// All processes whose real user id is this, but for those that have ended and are only waited for. A program that has no
-/// rights beyond its user's cannot leave its user, and neither can what it has started.
+/// All processes whose real user id is one of this user's, but for those that have ended and are only waited for. A program
+/// that has no rights beyond its user's cannot leave its user, and neither can what it has started.
 ///
 /// # Errors
 /// If `/proc` cannot be read.
-pub fn of_user(user: u32) -> io::Result<Vec<i32>> {
+pub fn of_user(user: User) -> io::Result<Vec<i32>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(PROC)? {
         let Some(pid) = entry?.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
         // It may have gone since.
         let Ok(status) = fs::read_to_string(Path::new(PROC).join(pid.to_string()).join("status")) else { continue };
-        if real_user(&status) == Some(user) && !is_zombie(&status) {
+        if real_user(&status).is_some_and(|id| user.has(id)) && !is_zombie(&status) {
             found.push(pid);
         }
     }
@@ -31,7 +33,7 @@ pub fn of_user(user: u32) -> io::Result<Vec<i32>> {
 ///
 /// # Errors
 /// If `/proc` cannot be read.
-pub fn kill_user(user: u32) -> io::Result<bool> {
+pub fn kill_user(user: User) -> io::Result<bool> {
     let processes = of_user(user)?;
     for pid in processes.iter().copied().filter_map(Pid::from_raw) {
         // Nothing but its own end takes a process id from a process, and nothing here waits since it was looked at.
@@ -97,7 +99,7 @@ mod tests {
     #[test]
     fn this_process_is_found_and_what_it_has_open() {
         let pid = rustix::process::getpid().as_raw_nonzero().get();
-        assert!(of_user(rustix::process::getuid().as_raw()).unwrap().contains(&pid));
+        assert!(of_user(User::Plain { id: rustix::process::getuid().as_raw() }).unwrap().contains(&pid));
         let file = tempfile::NamedTempFile::new().unwrap();
         assert!(holds(pid, file.path()).unwrap());
         let path = file.into_temp_path();

@@ -13,6 +13,7 @@ use vvu_appliance_config::{
 
 use crate::network::{TAP, TUN_DEVICE, make_uplink};
 use crate::process::{BackEndProgram, Output};
+use crate::user::User;
 
 mod arguments;
 mod command;
@@ -22,8 +23,14 @@ use arguments::{BlkPlaces, blk_arguments, net_arguments};
 use command::{Places, substitute};
 use disks::find_disk;
 
-/// First user and group id for back-ends; each program has its own.
+/// First user and group id for the appliance's own back-ends; each program has its own.
 const FIRST_USER: u32 = 1000;
+
+/// First id for programs of overlays, each of which has a range of ids; far above all that anything in the appliance has.
+const FIRST_RANGE: u32 = 100_000;
+
+/// Number of a program's ids: as many as files had owners for long, so that those of a driver VM's usual users are among them.
+const RANGE_LEN: u32 = 1 << 16;
 
 /// Where programs of overlays are looked for.
 const PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
@@ -50,7 +57,7 @@ pub struct PreparedChannel {
 
 /// What every program has.
 struct Home<'a> {
-    user: u32,
+    user: User,
     directory: PathBuf,
     channels: &'a [PreparedChannel],
     log: &'a str,
@@ -61,7 +68,10 @@ struct Home<'a> {
 /// # Errors
 /// If something that it needs is not there, or is more than its class has.
 pub async fn prepare(index: u32, back_end: &BackEnd, log: &str) -> Result<Prepared> {
-    let user = FIRST_USER + index;
+    let user = match back_end.device {
+        Device::Blk(_) | Device::Net(_) => User::Plain { id: FIRST_USER + index },
+        Device::Exec(_) => User::NamespaceRoot { first: FIRST_RANGE + RANGE_LEN * index, count: RANGE_LEN },
+    };
     let name = back_end.device_sets.first().context("a back-end has no device set")?;
     let directory = Path::new("/run").join(name);
     fs::create_dir_all(&directory)
@@ -100,7 +110,7 @@ impl Home<'_> {
         let sockets: Vec<_> =
             (0..options.ports.len()).map(|port| self.directory.join(format!("port-{port}.sock"))).collect();
         if let Some(mac) = &options.uplink {
-            make_uplink(mac, options.mtu, self.user)?;
+            make_uplink(mac, options.mtu, self.user.id())?;
             give(Path::new(TUN_DEVICE), self.user, 0o600).with_context(|| format!("cannot hand over {TUN_DEVICE}"))?;
         }
         let arguments = net_arguments(options, &sockets, options.uplink.as_ref().map(|_| TAP), self.control()?);
@@ -121,17 +131,20 @@ impl Home<'_> {
         let arguments = words.collect::<Result<_, _>>()?;
         let program = command::find(Path::new(&program), PATH)
             .with_context(|| format!("the overlay has no program '{}' that can be run ({PATH})", program.display()))?;
-        let home = self.directory.clone().into_os_string();
+        // Apart from its sockets, so that it is empty: a program may share it as a whole.
+        let directory = self.directory.join("home");
+        fs::create_dir_all(&directory)
+            .and_then(|()| give(&directory, self.user, 0o755))
+            .with_context(|| format!("cannot prepare the directory {}", directory.display()))?;
+        let home = directory.clone().into_os_string();
         let environment = vec![("PATH".into(), PATH.into()), ("HOME".into(), home.clone()), ("TMPDIR".into(), home)];
-        let (directory, user) = (self.directory, Some(self.user));
-        let sockets = vec![socket];
         Ok(BackEndProgram {
             program,
             arguments,
             environment,
             directory,
-            sockets,
-            user,
+            sockets: vec![socket],
+            user: Some(self.user),
             output: Output::Logged,
             window: None,
         })
@@ -170,7 +183,7 @@ impl Home<'_> {
 }
 
 /// Makes a file or directory accessible to one user only.
-fn give(path: &Path, user: u32, mode: u32) -> io::Result<()> {
-    chown(path, Some(user), Some(user))?;
+fn give(path: &Path, user: User, mode: u32) -> io::Result<()> {
+    chown(path, Some(user.id()), Some(user.id()))?;
     fs::set_permissions(path, Permissions::from_mode(mode))
 }

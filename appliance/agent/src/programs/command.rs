@@ -70,7 +70,7 @@ fn look_up<'a>(kind: &'static str, name: &str, all: &'a [(&str, PathBuf)]) -> Re
 /// The program of a command: a path, or a name in one of the directories of `search`. `None` if there is no executable file.
 pub(super) fn find(program: &Path, search: &str) -> Option<PathBuf> {
     let candidates: Vec<PathBuf> = if program.as_os_str().as_encoded_bytes().contains(&b'/') {
-        // Its directory is the one of its sockets, in which there is no program.
+        // Its directory is empty, so no path is relative to that.
         vec![program.to_owned()]
     } else {
         std::env::split_paths(OsStr::new(search)).map(|directory| directory.join(program)).collect()

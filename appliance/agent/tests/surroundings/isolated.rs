@@ -13,6 +13,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::ioctl::{Setter, ioctl};
 use vvu_agent::network::{NetworkError, TAP, make_uplink};
 use vvu_agent::process_table::{kill_user, of_user};
+use vvu_agent::user::User;
 
 const LIMIT: Duration = Duration::from_secs(30);
 
@@ -43,6 +44,11 @@ fn frames_pass_the_uplink_and_nothing_answers() {
 #[test]
 fn what_a_program_leaves_behind_is_ended() {
     isolated("isolated::leftovers", &["--pid", "--fork", "--mount-proc"]);
+}
+
+#[test]
+fn a_program_is_root_over_its_own_files_only() {
+    isolated("isolated::root_of_a_namespace", &["--pid", "--fork", "--mount-proc"]);
 }
 
 #[repr(C)]
@@ -165,7 +171,7 @@ fn attribute_of_process(name: &str) -> String {
 #[ignore = "needs namespaces of its own"]
 fn leftovers() {
     assert!(rustix::process::getpid().is_init(), "the kernel protects PID 1 of a namespace from its own signals only");
-    let user = rustix::process::getuid().as_raw();
+    let user = User::Plain { id: rustix::process::getuid().as_raw() };
     let mut program: Child =
         Command::new("sh").args(["-c", "sleep 1000 & (setsid sleep 1000 &) ; exit 0"]).spawn().unwrap();
     program.wait().unwrap();
@@ -180,4 +186,49 @@ fn leftovers() {
     until(2);
     assert!(kill_user(user).unwrap());
     until(0);
+}
+
+/// What a program in a namespace of its own tries. What it must not be able to do says nothing if it fails.
+const TRIES: &str = "
+    echo is $(id -u):$(id -g) $(id -G), maps $(cat /proc/self/uid_map), maps $(cat /proc/self/gid_map)
+    chown 7:65535 own && setpriv --reuid=7 --clear-groups stat -c 'gives %u:%g' own
+    mkfifo fifo && mknod null c 1 3 && echo makes devices
+    cat secret && echo reads secrets
+    chown 0:0 secret && echo takes files
+    kill -0 1 && echo signals others
+    unshare --user true && echo makes namespaces
+    unshare --mount true && echo mounts
+    unshare --net true && echo has networks
+    echo 9 > /proc/sys/user/max_user_namespaces && echo lifts limits
+    grep -e CapEff -e CapPrm -e CapBnd /proc/self/status
+";
+
+#[test]
+#[ignore = "needs namespaces of its own"]
+fn root_of_a_namespace() {
+    const FIRST: u32 = 100_000;
+    let directory = tempfile::tempdir().unwrap();
+    let user = User::NamespaceRoot { first: FIRST, count: 1 << 16 };
+    let mut command = Command::new("sh");
+    command.args(["-c", TRIES]).current_dir(directory.path());
+    user.apply(&mut command).unwrap();
+    if attribute_of_process("uid_map").split_ascii_whitespace().nth(2) != Some("4294967295") {
+        // Nobody may give it ids that the giver does not have; then it does not begin at all.
+        let refused = command.spawn().unwrap_err();
+        assert_eq!(refused.kind(), std::io::ErrorKind::PermissionDenied, "{refused}");
+        return;
+    }
+    rustix::thread::set_no_new_privs(true).unwrap();
+    for name in ["own", "secret"] {
+        fs::write(directory.path().join(name), "it\n").unwrap();
+        fs::set_permissions(directory.path().join(name), std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+    }
+    for path in [directory.path().to_owned(), directory.path().join("own")] {
+        std::os::unix::fs::chown(path, Some(FIRST), Some(FIRST)).unwrap();
+    }
+    let output = command.output().unwrap();
+    let said = String::from_utf8(output.stdout).unwrap().split_ascii_whitespace().collect::<Vec<_>>().join(" ");
+    let ids = format!("is 0:0 0, maps 0 {FIRST} 65536, maps 0 {FIRST} 65536");
+    let rights = "CapPrm: 00000000880401ff CapEff: 00000000880401ff CapBnd: 00000000880401ff";
+    assert_eq!(said, format!("{ids} gives 7:65535 {rights}"), "{}", String::from_utf8_lossy(&output.stderr));
 }
