@@ -43,7 +43,7 @@ pub fn build_appliance_binaries(workspace: &Path, target: &Path) -> Result<Appli
 /// # Errors
 /// [`ImageError::Cargo`] and [`ImageError::Build`]; cargo itself says why on standard error.
 pub fn build_driver_binaries(workspace: &Path, target: &Path) -> Result<(), ImageError> {
-    build_static(workspace, target, &["vvu-witness"])
+    build_static(workspace, target, &["vvu-witness", "vvu-station"])
 }
 
 /// Where a program that was built for a VM is, in the given target directory.

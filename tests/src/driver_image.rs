@@ -18,7 +18,7 @@ const DRIVER_INIT: &str = include_str!("driver_init.sh");
 pub enum DriverImage {
     /// What all have, and the witness: enough for disks and file systems.
     Disk,
-    /// Also `iperf3`, `ethtool` and the drivers of network cards and VLANs.
+    /// What all have, `vvu-station`, `iperf3`, `ethtool` and the drivers of network cards and VLANs.
     Network,
 }
 
@@ -46,19 +46,33 @@ impl DriverImage {
     fn build(self, setup: &Setup, out: &Path) -> Result<()> {
         match self {
             Self::Disk => {
-                let witness = static_program(&target_dir()?, "vvu-witness");
-                ensure!(witness.is_file(), "the driver VM's own program is not built: run `cargo xtask image`");
-                let extras = DriverExtras { own: &[witness], ..DriverExtras::default() };
+                let extras = DriverExtras { own: &[own_program("vvu-witness")?], ..DriverExtras::default() };
                 build_driver_image(setup, DRIVER_INIT, &extras, out)?;
             }
             Self::Network => {
                 let root = Extra::Network.root()?;
                 let programs = [(root.clone(), "iperf3"), (root, "ethtool")];
                 let modules = ["virtio_net", "8021q"];
-                let extras = DriverExtras { programs: &programs, modules: &modules, ..DriverExtras::default() };
+                let own = [station()?];
+                let extras = DriverExtras { own: &own, programs: &programs, modules: &modules };
                 build_driver_image(setup, DRIVER_INIT, &extras, out)?;
             }
         }
         Ok(())
     }
+}
+
+/// The program that a test runs at both ends of a network, which is static.
+///
+/// # Errors
+/// If it is not built.
+pub fn station() -> Result<PathBuf> {
+    own_program("vvu-station")
+}
+
+/// A static program of ours.
+fn own_program(name: &str) -> Result<PathBuf> {
+    let program = static_program(&target_dir()?, name);
+    ensure!(program.is_file(), "the driver VM's own program {name} is not built: run `cargo xtask image`");
+    Ok(program)
 }

@@ -14,6 +14,10 @@ use crate::process::{Process, command_that_dies_with_us};
 use crate::testbed::{Testbed, workspace_program};
 use crate::vvu_run::VvuRun;
 
+pub mod statistics;
+pub mod stream;
+pub mod wire;
+
 /// A port of a switch, and the driver VM's address behind it.
 #[derive(Debug, Clone)]
 pub struct Port {
@@ -45,9 +49,26 @@ impl Port {
         self
     }
 
+    /// Is behind another socket.
+    #[must_use]
+    pub fn at(mut self, socket: &Path) -> Self {
+        socket.clone_into(&mut self.socket);
+        self
+    }
+
+    /// The value of `--port` of `vvu run switch`.
+    pub fn spec(&self) -> String {
+        format!("{},{}", self.socket.display(), self.settings())
+    }
+
     /// The vhost-user socket.
     pub fn socket(&self) -> &Path {
         &self.socket
+    }
+
+    /// Its number.
+    pub fn number(&self) -> u8 {
+        self.number
     }
 
     /// The MAC address.
@@ -63,6 +84,11 @@ impl Port {
     /// The network card for the driver VM.
     pub fn card(&self) -> Network {
         Network::at(&self.socket, &self.mac()).pairs(self.pairs)
+    }
+
+    /// The same network card, of which all is the back-end's ([`Network::whole_at`]).
+    pub fn whole_card(&self) -> Network {
+        Network::whole_at(&self.socket).pairs(self.pairs)
     }
 
     /// Brings the card up in the driver VM, with its address.
@@ -106,8 +132,7 @@ impl ServedSwitch {
     /// # Errors
     /// If it does not come up.
     pub fn in_appliance(testbed: &Testbed, ports: &[&Port], options: &[&str]) -> Result<Self> {
-        let ports =
-            ports.iter().flat_map(|port| ["--port".into(), format!("{},{}", port.socket.display(), port.settings())]);
+        let ports = ports.iter().flat_map(|port| ["--port".to_owned(), port.spec()]);
         let options = ports.chain(options.iter().map(|option| (*option).to_owned())).collect::<Vec<_>>();
         Ok(Self::Vvu(Box::new(VvuRun::start_class(testbed, "switch", "switch", &options)?)))
     }

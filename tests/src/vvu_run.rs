@@ -17,7 +17,10 @@ use crate::backend::ServedImage;
 use crate::counters::BlkCounters;
 use crate::process::{Process, Watched, command_that_dies_with_us, output_of};
 use crate::qmp::Qmp;
+use crate::surroundings::Surroundings;
 use crate::testbed::{Testbed, target_dir, workspace_program};
+
+mod settings;
 
 /// How long the device may take to be ready: an appliance boots in a few seconds under TCG on an idle machine.
 pub const READY_PATIENCE: Duration = Duration::from_secs(180);
@@ -176,6 +179,22 @@ impl VvuRun {
         Self::launch(testbed, name, command, &[])
     }
 
+    /// As [`VvuRun::start_class`], with all of the run in these surroundings.
+    ///
+    /// # Errors
+    /// As [`VvuRun::start`].
+    pub fn start_class_in(
+        testbed: &Testbed,
+        name: &str,
+        surroundings: &Surroundings,
+        class: &str,
+        options: &[String],
+    ) -> Result<Self> {
+        let mut command = surroundings.command_in(workspace_program("vvu", "VVU_BIN")?);
+        command.args(["run", class]).args(options);
+        Self::launch(testbed, name, command, &[])
+    }
+
     /// Runs a program of an overlay as a device (`vvu run exec`), with further options, and waits until it is ready.
     ///
     /// # Errors
@@ -185,14 +204,6 @@ impl VvuRun {
         command.args(["run", "exec"]).args(options);
         command.arg("--socket").arg(testbed.socket(&format!("{name}.sock")));
         Self::launch(testbed, name, command, program)
-    }
-
-    /// `vvu link`: whether the link of the first port is up.
-    ///
-    /// # Errors
-    /// If the command fails.
-    pub fn set_link(&self, state: &str) -> Result<()> {
-        self.command::<serde_json::Value>("link", &[state]).map(drop)
     }
 
     /// Adds what every run of a test has, and the program for the appliance, and starts.

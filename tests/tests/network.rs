@@ -3,9 +3,10 @@
 //! Each test names the path that it proves. `VVU_TEST_BACKEND=vvu-net` runs the same tests against the same back-end on the
 //! host.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use vvu_tests::driver_vm::{DriverVm, DriverVmPlan};
 use vvu_tests::iperf::{self, Direction};
+use vvu_tests::network::statistics::packet_sizes;
 use vvu_tests::network::{Port, ServedSwitch};
 use vvu_tests::testbed::{Testbed, machine_test};
 
@@ -26,12 +27,6 @@ fn boot(testbed: &Testbed, port: &Port, name: &str) -> Result<DriverVm> {
     Ok(vm)
 }
 
-/// A number of the card's statistics in the driver VM.
-fn statistic(vm: &mut DriverVm, name: &str) -> Result<u64> {
-    let text = vm.run(&format!("cat /sys/class/net/eth0/statistics/{name}"))?;
-    text.trim().parse().with_context(|| format!("{name} is {text}"))
-}
-
 /// Sends random bytes over TCP, and checks that they arrive as they were.
 fn send_and_compare(from: &mut DriverVm, to: &mut DriverVm, address: &str, mib: u32) -> Result<()> {
     const SUM: &str = "wc -c && sha256sum < /tmp/content";
@@ -43,22 +38,6 @@ fn send_and_compare(from: &mut DriverVm, to: &mut DriverVm, address: &str, mib: 
     let received = to.run(&format!("until test -e /tmp/received; do sleep 0.1; done; cat /tmp/content | {SUM}"))?;
     ensure!(received == sent, "sent {sent}, received {received}");
     Ok(())
-}
-
-/// Bytes of the average packet that the card has sent and received while something was done.
-fn packet_sizes(vm: &mut DriverVm, doing: impl FnOnce(&mut DriverVm) -> Result<()>) -> Result<[u64; 2]> {
-    const NAMES: [&str; 4] = ["tx_bytes", "tx_packets", "rx_bytes", "rx_packets"];
-    let mut before = [0; 4];
-    for (number, name) in before.iter_mut().zip(NAMES) {
-        *number = statistic(vm, name)?;
-    }
-    doing(vm)?;
-    let mut moved = [0; 4];
-    for ((number, name), before) in moved.iter_mut().zip(NAMES).zip(before) {
-        *number = statistic(vm, name)? - before;
-    }
-    let [sent_bytes, sent, received_bytes, received] = moved;
-    Ok([sent_bytes / sent.max(1), received_bytes / received.max(1)])
 }
 
 /// Path: a frame from driver VM to driver VM through the switch and no further: ARP, ICMP, TCP both ways, what arrives
@@ -81,7 +60,7 @@ fn two_driver_vms_talk_through_the_switch() -> Result<()> {
                 ))?;
             }
             for direction in [Direction::FromClient, Direction::ToClient] {
-                let sizes = packet_sizes(&mut vm, |vm| {
+                let sizes = packet_sizes(&mut vm, "eth0", |vm| {
                     let moved = iperf::measure(vm, &address, direction, 1, SHORT)?;
                     eprintln!("offloads {offloads}, {direction:?}: {:.0} Mbit/s", moved.bits_per_second / 1e6);
                     Ok(())

@@ -8,7 +8,7 @@ use serde::Deserialize;
 use crate::workspace::Workspace;
 
 /// Which crates of the workspace a crate may use. Tests of a crate (dev-dependencies) are free.
-const ALLOWED: [(&str, &[&str]); 15] = [
+const ALLOWED: [(&str, &[&str]); 16] = [
     ("vvu-protocol", &[]),
     ("vvu-socket", &["vvu-protocol"]),
     ("vvu-bridge", &["vvu-protocol", "vvu-socket"]),
@@ -23,7 +23,8 @@ const ALLOWED: [(&str, &[&str]); 15] = [
     ("vvu-setup", &[]),
     ("vvu-guest-image", &["vvu-setup"]),
     ("vvu-simulation", &[]),
-    // It runs in a driver VM, alone.
+    // They run in a driver VM, alone.
+    ("vvu-station", &[]),
     ("vvu-witness", &[]),
     ("vvu-tests", &["vvu-guest-image", "vvu-setup", "vvu-witness"]),
     ("xtask", &["vvu-guest-image", "vvu-setup", "vvu-tests"]),
