@@ -5,7 +5,7 @@
 //! dropped.
 
 use std::io::{self, IoSlice};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -120,7 +120,8 @@ impl Lane<'_> {
                 }
             }
             self.switch.flush(&mut self.outbox);
-            if is_idle && !self.wait(self.queue)? || has_fired(self.end)? {
+            let goes_on = if is_idle { self.wait(self.queue)? } else { !has_fired(self.end)? };
+            if !goes_on {
                 return Ok(());
             }
         }
@@ -161,17 +162,17 @@ impl Lane<'_> {
     }
 
     /// Waits until `event` is readable; false if the thread is to end.
-    fn wait(&mut self, event: &impl std::os::fd::AsFd) -> io::Result<bool> {
+    fn wait(&mut self, event: &impl AsFd) -> io::Result<bool> {
         loop {
             let progress = self.outbox.bell.progress();
-            let mut polled = vec![PollFd::new(self.end, PollFlags::IN), PollFd::new(event, PollFlags::IN)];
-            polled.extend(progress.iter().map(|progress| PollFd::new(progress, PollFlags::IN)));
+            // What there is not is replaced by the end.
+            let watched = [self.end.as_fd(), event.as_fd(), progress.unwrap_or(self.end.as_fd())];
+            let mut polled = watched.map(|descriptor| PollFd::from_borrowed_fd(descriptor, PollFlags::IN));
             match poll(&mut polled, None) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }
-            let fired = |index: usize| polled.get(index).is_some_and(|polled| !polled.revents().is_empty());
-            let (end, ready) = (fired(0), fired(1));
+            let [end, ready, _progress] = polled.map(|polled| !polled.revents().is_empty());
             self.outbox.bell.proceed();
             if end || ready {
                 return Ok(!end);

@@ -1,7 +1,7 @@
 //! Where the thread of a queue waits: for the driver's kick, for the control thread, and for signals under way.
 
 use std::io::IoSliceMut;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -46,14 +46,18 @@ impl Waiting {
     /// Waits until something happens, or for as long as is said.
     pub(crate) fn wait(&mut self, bell: &mut Bell, limit: Option<Duration>) -> Events {
         let limit = limit.map(|limit| Timespec::try_from(limit).unwrap_or(Timespec { tv_sec: 1, tv_nsec: 0 }));
-        let mut polled = vec![PollFd::new(&self.wakeup, PollFlags::IN)];
-        polled.extend(self.kick.as_ref().map(|kick| PollFd::new(kick, PollFlags::IN)));
-        let progress = bell.progress();
-        polled.extend(progress.iter().map(|progress| PollFd::new(progress, PollFlags::IN)));
+        // What there is not is replaced by the wakeup.
+        let (wakeup, progress) = (self.wakeup.as_fd(), bell.progress());
+        let kick = self.kick.as_ref().map_or(wakeup, |kick| kick.as_fd());
+        let watched = [wakeup, kick, progress.unwrap_or(wakeup)];
+        let mut polled = watched.map(|descriptor| PollFd::from_borrowed_fd(descriptor, PollFlags::IN));
         // An interruption is a look at what there is.
-        let _count = poll(&mut polled, limit.as_ref());
-        bell.proceed();
-        Events { kicked: self.take_kick(), woken: self.wakeup.consume() }
+        let is_known = poll(&mut polled, limit.as_ref()).is_ok();
+        let [woken, kicked, progressed] = polled.map(|polled| !is_known || !polled.revents().is_empty());
+        if progressed {
+            bell.proceed();
+        }
+        Events { kicked: kicked && self.take_kick(), woken: woken && self.wakeup.consume() }
     }
 
     /// Takes the kick without waiting, whatever its flags are.

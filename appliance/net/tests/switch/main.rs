@@ -20,4 +20,5 @@ mod migration;
 mod offloads;
 mod program;
 mod queues;
+mod speed;
 mod uplink;
