@@ -1,12 +1,16 @@
 //! Live migration of a driver VM between two hosts' worth of `vvu`: two bridges and two appliances on one image, as on
 //! shared storage.
 
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use vvu_tests::backend::{Backend, Served, ServedImage};
 use vvu_tests::driver_vm::{Disk, DriverVm, DriverVmPlan};
-use vvu_tests::image_file::create;
+use vvu_tests::image_file::{create, sha256};
 use vvu_tests::testbed::{Testbed, machine_test};
 use vvu_tests::witness::{Load, Witness, check_kernel_log};
 
@@ -15,7 +19,14 @@ const MIB: u64 = 1 << 20;
 /// A machine whose memory is clean is moved in less; one whose log never comes to rest is not moved at all.
 const MIGRATION_PATIENCE: Duration = Duration::from_secs(120);
 
-/// Writers of a load that keeps a queue of QEMU's size (128) busy: their requests are in flight when the machine stops.
+/// Length of the image in bytes.
+const IMAGE_LEN: u64 = 256 * MIB;
+/// Where the part of the image begins that the witness does not use, and how much of it each move reads.
+const STILL_START: u64 = 192 * MIB;
+const STILL_LEN: u64 = 8 * MIB;
+const MOVES: u64 = 2;
+
+/// Writers of a load that keeps a queue busy: their requests are in flight when the machine stops.
 const DEEP: u64 = 64;
 
 /// A machine under load, and where it may move to.
@@ -23,6 +34,7 @@ struct Moving<'a> {
     testbed: &'a Testbed,
     vm: DriverVm,
     witness: Witness,
+    image: PathBuf,
     moves: u32,
 }
 
@@ -33,8 +45,17 @@ impl Moving<'_> {
         let name = format!("driver-{}", self.moves);
         let ledger = self.witness.next_ledger(self.testbed, &name)?;
         let incoming = plan(self.testbed, &name, to).ledger(&ledger).await_migration()?;
-        let (vm, migration) = self.vm.migrate(incoming)?;
+        let mut read = String::new();
+        let (vm, migration) = self.vm.migrate_after(incoming, |vm| {
+            // Other pages each time: the ones of the last move are in memory already.
+            read = vm.run(&still_part(self.moves))?;
+            Ok(())
+        })?;
         self.vm = vm;
+        // Now from the same pages: the disk is not asked again.
+        let (kept, stored) = (self.vm.run(&still_part(self.moves))?, still_part_in(&self.image, self.moves)?);
+        ensure!(read.contains(&stored), "the disk has {stored}, the machine read {read}");
+        ensure!(kept.contains(&stored), "the disk has {stored}, the machine keeps {kept} after its move");
         self.witness.follow(&ledger)?;
         ensure!(migration.total < MIGRATION_PATIENCE, "{migration:?}");
         self.witness.await_turnover(&mut self.vm)?;
@@ -44,17 +65,47 @@ impl Moving<'_> {
     }
 }
 
-fn plan<'a>(testbed: &'a Testbed, name: &str, served: &Served) -> DriverVmPlan<'a> {
-    DriverVmPlan::new(testbed, name).disk(Disk::at(served.socket()))
+/// Makes the image: zeroes for the witness, then bytes for each move that nobody writes to.
+fn image(testbed: &Testbed) -> Result<PathBuf> {
+    let image = create(&testbed.folder().join("disk.img"), IMAGE_LEN)?;
+    let mut still = Vec::new();
+    File::open("/dev/urandom")?.take(MOVES * STILL_LEN).read_to_end(&mut still)?;
+    File::options().write(true).open(&image)?.write_all_at(&still, STILL_START)?;
+    Ok(image)
 }
 
-/// Path: dirty logging from the device through the appliance's window into QEMU's log, drained rings and their exact
+/// Where the bytes of this move begin.
+fn still_start(moves: u32) -> u64 {
+    STILL_START + u64::from(moves - 1) * STILL_LEN
+}
+
+/// The command that hashes these bytes, and reads what is not in memory yet.
+fn still_part(moves: u32) -> String {
+    let (skip, count) = (still_start(moves) / MIB, STILL_LEN / MIB);
+    format!("dd if=/dev/vda bs=1M skip={skip} count={count} 2>/dev/null | sha256sum")
+}
+
+/// What the image has there, in the form of `sha256sum`.
+fn still_part_in(image: &Path, moves: u32) -> Result<String> {
+    let part = image.with_extension("part");
+    let mut whole = File::open(image)?;
+    whole.seek(SeekFrom::Start(still_start(moves)))?;
+    io::copy(&mut whole.take(STILL_LEN), &mut File::create(&part)?)?;
+    sha256(&part)
+}
+
+fn plan<'a>(testbed: &'a Testbed, name: &str, served: &Served) -> DriverVmPlan<'a> {
+    DriverVmPlan::new(testbed, name).disk(Disk::at(served.socket()).long_rings())
+}
+
+/// Path: dirty logging from the device through the appliance's window into QEMU's log (what the device writes after memory
+/// was sent once is on the other side as the disk has it), drained rings and their exact
 /// positions, to another bridge and appliance, and back; before that a migration that is cancelled, so that logging is
 /// switched on and off under load. The image at the end is what the machine has written.
 #[test]
 fn a_driver_vm_migrates_there_and_back_under_load() -> Result<()> {
     machine_test("a_driver_vm_migrates_there_and_back_under_load", |testbed| {
-        let image = create(&testbed.folder().join("disk.img"), 256 * MIB)?;
+        let image = image(testbed)?;
         let served = ServedImage::writable(&image).shared();
         let serve = |name| Backend::chosen()?.serve(testbed, name, &served);
         let (here, there) = (serve("a")?, serve("b")?);
@@ -64,7 +115,7 @@ fn a_driver_vm_migrates_there_and_back_under_load() -> Result<()> {
         vm.cancel_migration(testbed, |vm| witness.await_turnover(vm))?;
         witness.await_turnover(&mut vm)?;
 
-        let moving = Moving { testbed, vm, witness, moves: 0 }.move_to(&there)?.move_to(&here)?;
+        let moving = Moving { testbed, vm, witness, image: image.clone(), moves: 0 }.move_to(&there)?.move_to(&here)?;
         let Moving { mut vm, mut witness, .. } = moving;
         witness.stop(&mut vm)?;
         vm.power_off()?;

@@ -9,6 +9,19 @@ use serde_json::{Value, json};
 use super::{DriverVm, Incoming};
 use crate::testbed::Testbed;
 
+/// How fast memory goes to the other side, and for how long the machine may stand still.
+struct Pace {
+    bytes_per_second: u64,
+    downtime_ms: u64,
+}
+
+/// A pass takes a while, and a rest has to be as small as 16 KiB to be the last one.
+const SLOW: Pace = Pace { bytes_per_second: 16 << 20, downtime_ms: 1 };
+/// No pass comes to its end.
+const CRAWL: Pace = Pace { bytes_per_second: 4 << 10, downtime_ms: 1 };
+/// QEMU's own choice.
+const FULL: Pace = Pace { bytes_per_second: 128 << 20, downtime_ms: 300 };
+
 /// What QEMU reports of a migration that has completed (`query-migrate`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Migration {
@@ -26,8 +39,39 @@ impl DriverVm {
     /// # Errors
     /// If QEMU fails or cancels the migration.
     pub fn migrate(mut self, incoming: Incoming) -> Result<(Self, Migration)> {
-        let Incoming { mut vm, uri } = incoming;
-        self.start_migration(&uri)?;
+        self.start_migration(&incoming.uri)?;
+        self.finish_migration(incoming)
+    }
+
+    /// Moves the machine as [`DriverVm::migrate`] does, and does `meanwhile` when all of its memory has been sent once: what a
+    /// device writes to memory then gets to the other side by the dirty log alone.
+    ///
+    /// # Errors
+    /// As [`DriverVm::migrate`], and what `meanwhile` returns.
+    pub fn migrate_after(
+        mut self,
+        incoming: Incoming,
+        meanwhile: impl FnOnce(&mut Self) -> Result<()>,
+    ) -> Result<(Self, Migration)> {
+        self.set_pace(&SLOW)?;
+        self.start_migration(&incoming.uri)?;
+        self.qmp.await_event(|name, data| {
+            let pass = data.get("pass").and_then(Value::as_u64);
+            (name == "MIGRATION_PASS" && pass >= Some(2)).then_some(())
+        })?;
+        self.set_pace(&CRAWL)?;
+        meanwhile(&mut self)?;
+        self.set_pace(&FULL)?;
+        self.finish_migration(incoming)
+    }
+
+    fn set_pace(&mut self, pace: &Pace) -> Result<()> {
+        let parameters = json!({ "max-bandwidth": pace.bytes_per_second, "downtime-limit": pace.downtime_ms });
+        self.qmp.execute_with("migrate-set-parameters", &parameters).map(drop)
+    }
+
+    fn finish_migration(mut self, incoming: Incoming) -> Result<(Self, Migration)> {
+        let Incoming { mut vm, .. } = incoming;
         self.await_migration_state("completed")
             .with_context(|| format!("cannot migrate {} to {}\n{}", self.name, vm.name, super::last_words(&vm.qemu)))?;
         let report = self.qmp.execute("query-migrate")?;

@@ -19,8 +19,10 @@ use crate::testbed::Testbed;
 const CPU_OF_OLDER_QEMU: &str = "max,cx16=off";
 
 /// What the kernel is told. `no_timer_check`: under TCG on a busy host it would find that timer interrupts are too few, and
-/// give up. `sysrq_always_enabled`: a test that waits in vain asks it which tasks are blocked.
-const KERNEL_COMMAND_LINE: &str = "console=ttyS0 loglevel=4 panic=0 no_timer_check sysrq_always_enabled";
+/// give up. `sysrq_always_enabled`: a test that waits in vain asks it which tasks are blocked. `init_on_alloc=0`: what a device
+/// writes is not zeroed by the CPU before, which would enter it into a migration's dirty log in the device's stead.
+const KERNEL_COMMAND_LINE: &str =
+    "console=ttyS0 loglevel=4 panic=0 no_timer_check sysrq_always_enabled init_on_alloc=0";
 
 /// How long QEMU waits before it tries again to reach a back-end that it has lost.
 pub(super) const RECONNECT_MS: u32 = 100;
@@ -58,6 +60,13 @@ impl Disk {
     #[must_use]
     pub fn migrating_in_flight(mut self) -> Self {
         self.properties.extend(["inflight-migration=on", "skip-get-vring-base-on-force-shutdown=on"]);
+        self
+    }
+
+    /// Has rings of 1024 entries: most of a used ring is then in pages that the driver writes nothing to.
+    #[must_use]
+    pub fn long_rings(mut self) -> Self {
+        self.properties.push("queue-size=1024");
         self
     }
 
