@@ -211,6 +211,14 @@ impl<'a> Fleet<'a> {
         }
     }
 
+    /// From now on this appliance VM's agent listens on a channel to end it in order.
+    pub(crate) fn ends_from_inside(&mut self, id: ApplianceId, channel: usize) {
+        let socket = self.channel(channel, id);
+        if let Some(child) = self.appliances.get_mut(&id) {
+            child.ends_from_inside(socket);
+        }
+    }
+
     /// Kills one; its death is told by [`Fleet::next_death`].
     pub(crate) fn kill(&mut self, member: Member) {
         if let Some(child) = self.child(member) {
@@ -261,13 +269,13 @@ impl<'a> Fleet<'a> {
     /// # Errors
     /// The system does not tell a child's state.
     pub(crate) async fn end(&mut self) -> anyhow::Result<()> {
-        for child in self.appliances.values() {
+        for child in self.appliances.values_mut() {
             child.terminate();
         }
         for child in self.appliances.values_mut() {
             child.ended_within(APPLIANCE_GRACE).await?;
         }
-        for bridge in self.bridges.values() {
+        for bridge in self.bridges.values_mut() {
             bridge.terminate();
         }
         for bridge in self.bridges.values_mut() {

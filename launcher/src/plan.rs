@@ -108,6 +108,11 @@ impl Plan {
         })
     }
 
+    /// Number of the channel that is for the run itself.
+    pub(crate) fn control_channel(&self) -> Option<usize> {
+        self.channels.iter().position(|channel| channel.name == CONTROL_CHANNEL)
+    }
+
     /// The socket by which the run is known, that of the first port.
     pub(crate) fn socket(&self) -> &str {
         self.ports.first().map(|port| port.socket.as_str()).unwrap_or_default()

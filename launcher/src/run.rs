@@ -26,7 +26,7 @@ use crate::fleet::{Fleet, Member};
 use crate::log_follow::{Pass, RateLimit};
 use crate::notify::{Notice, NotifySocket};
 use crate::output::Output;
-use crate::plan::{Channel, Draft, Plan};
+use crate::plan::{Channel, Class, Draft, Plan};
 use crate::restart_policy::Restarts;
 use crate::runtime_dir::RuntimeDir;
 use crate::signals::Signals;
@@ -158,9 +158,12 @@ impl Run<'_> {
         }
     }
 
-    /// Lets the operator's links lead to the appliance VM in use.
+    /// Lets the operator's links lead to the appliance VM in use, and its agent end a program that is the operator's.
     fn lead_links(&mut self) {
         let Some(id) = self.supervisor.in_use() else { return };
+        if let (Class::Exec, Some(channel)) = (self.plan.class, self.plan.control_channel()) {
+            self.fleet.ends_from_inside(id, channel);
+        }
         for (number, link) in self.plan.channels.iter().map(|channel| channel.link.as_ref()).enumerate() {
             if let Some(link) = link {
                 // They could be made at the start. If the directory has gone since, that is no reason to end the device.

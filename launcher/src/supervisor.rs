@@ -61,8 +61,9 @@ const LET_GO_LIMIT: Duration = Duration::from_secs(5);
 /// How long a standby may take to become active after a bridge has dropped the appliance VM before it.
 const TAKE_OVER_LIMIT: Duration = Duration::from_secs(1);
 
-/// Time for a QEMU that was asked to end to finish the disk's requests.
-pub(crate) const APPLIANCE_GRACE: Duration = Duration::from_secs(10);
+/// Time for an appliance VM that was asked to end: for a program to save what it has, and for QEMU to finish the disk's
+/// requests.
+pub(crate) const APPLIANCE_GRACE: Duration = Duration::from_secs(20);
 
 /// Where a run stands.
 #[derive(Debug)]

@@ -73,7 +73,7 @@ fn qemu_storage_daemon_serves_qcow2_with_a_backing_file() -> Result<()> {
             "--blockdev",
             "driver=qcow2,node-name=disk,file=top,backing=base,discard=unmap",
             "--export",
-            "type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={socket},writable=on,writethrough=on",
+            "type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={socket},writable=on",
         ]
         .map(str::to_owned)
         .into();

@@ -12,16 +12,17 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use tokio::time::timeout;
 use tracing::{info, warn};
-use vvu_appliance_config::{ApplianceConfig, Device};
+use vvu_appliance_config::{ApplianceConfig, CONTROL_CHANNEL, Device};
 use vvu_protocol::control::VIRTIO_ID;
 
 use crate::channel::{Channel, Port};
 use crate::control::{ControlDevice, ControlPort, FoundControlDevice};
 use crate::doorbell::DoorbellDevice;
 use crate::modules::{Modules, Stage};
+use crate::orderly_end::OrderlyEnd;
 use crate::pci::{PciFunction, PciId};
 use crate::process::BackEndProcess;
-use crate::programs::{Prepared, PreparedChannel, prepare};
+use crate::programs::{Prepared, port_name, prepare};
 use crate::reaper::Reaper;
 use crate::session::DeviceSet;
 use crate::supervisor::Supervisor;
@@ -49,6 +50,8 @@ pub struct Machine {
     pub sets: Vec<RealDeviceSet>,
     /// The channels of their back-ends, each with its name.
     pub channels: Vec<(String, Channel)>,
+    /// The end that its programs want, if there are any that do.
+    pub orderly_end: Option<OrderlyEnd>,
 }
 
 /// Brings up all device sets of the configuration.
@@ -64,7 +67,7 @@ pub async fn bring_up(config: &ApplianceConfig, modules: &Modules, reaper: &Reap
         set.window_len = len.with_context(|| format!("bridge of device set {uuid} does not map its window"))??;
     }
     modules.load(Stage::Dax)?;
-    let mut machine = Machine { sets: Vec::new(), channels: Vec::new() };
+    let mut machine = Machine { sets: Vec::new(), channels: Vec::new(), orderly_end: None };
     let mut devices = devices.into_iter();
     for (index, back_end) in (0..).zip(&config.back_ends) {
         let Prepared { mut program, channels } = prepare(index, back_end, &config.log).await?;
@@ -85,7 +88,12 @@ pub async fn bring_up(config: &ApplianceConfig, modules: &Modules, reaper: &Reap
             machine.sets.push(DeviceSet::new(uuid, control, doorbell, window, supervisor));
         }
         for channel in channels {
-            machine.channels.push(open_channel(channel).await?);
+            let port = open_port(&channel.name, &channel.port).await?;
+            machine.channels.push((channel.name, Channel::new(port, channel.socket)));
+        }
+        if matches!(back_end.device, Device::Exec(_)) && back_end.channels.iter().any(|name| name == CONTROL_CHANNEL) {
+            let port = open_port(CONTROL_CHANNEL, &port_name(CONTROL_CHANNEL)).await?;
+            machine.orderly_end = Some(OrderlyEnd::new(port, process));
         }
     }
     Ok(machine)
@@ -109,11 +117,9 @@ fn start_controls(config: &ApplianceConfig) -> Result<Vec<Devices>> {
     Ok(sets)
 }
 
-async fn open_channel(channel: PreparedChannel) -> Result<(String, Channel)> {
-    let port = Port::find(&channel.port).await.with_context(|| format!("channel {}", channel.name))?;
-    let port =
-        port.with_context(|| format!("channel {}: there is no virtio-serial port '{}'", channel.name, channel.port))?;
-    Ok((channel.name, Channel::new(port, channel.socket)))
+async fn open_port(channel: &str, name: &str) -> Result<Port> {
+    let port = Port::find(name).await.with_context(|| format!("channel {channel}"))?;
+    port.with_context(|| format!("channel {channel}: there is no virtio-serial port '{name}'"))
 }
 
 fn find_controls() -> Result<BTreeMap<Uuid, FoundControlDevice>> {

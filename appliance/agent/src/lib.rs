@@ -13,7 +13,8 @@
 //!
 //! Pure: [`regions`], [`memory_map`], [`restarts`], the staging of [`modules`], the rules of [`ring`] and [`translate`], the
 //! arguments of [`programs`]. Unsafe: the ioctls of [`vfio`] and [`network`], what [`node_size`] and [`user_namespace`] do before a
-//! program begins, and the waiting of [`watch`]. Waiting: [`session`], [`supervisor`], [`process`], [`back_end`], [`channel`], [`reaper`].
+//! program begins, and the waiting of [`watch`]. Waiting: [`session`], [`supervisor`], [`process`], [`back_end`], [`channel`], [`reaper`],
+//! [`orderly_end`].
 
 pub mod back_end;
 pub mod boot;
@@ -27,6 +28,7 @@ pub mod memory_map;
 pub mod modules;
 pub mod network;
 pub mod node_size;
+pub mod orderly_end;
 pub mod output;
 pub mod pci;
 pub mod process;

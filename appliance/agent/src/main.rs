@@ -1,6 +1,8 @@
 //! `/init` of the appliance image.
 
 use std::convert::Infallible;
+use std::future::pending;
+use std::io;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
@@ -8,6 +10,7 @@ use tokio::task::{JoinSet, LocalSet};
 use vvu_agent::boot;
 use vvu_agent::device_sets::{RealDeviceSet, bring_up};
 use vvu_agent::modules::{Modules, Stage};
+use vvu_agent::orderly_end::OrderlyEnd;
 use vvu_agent::reaper::{Reaper, Scope};
 use vvu_agent::session::DeviceSetError;
 
@@ -15,13 +18,15 @@ fn main() -> Result<()> {
     if !rustix::process::getpid().is_init() {
         bail!("this program is PID 1 of an appliance VM, and does nothing elsewhere");
     }
-    let Err(error) = run();
-    // The VM is of no use any more. A line on the console is all that can be left behind.
-    eprintln!("vvu-agent: {error:#}");
+    if let Err(error) = run() {
+        // The VM is of no use any more. A line on the console is all that can be left behind.
+        eprintln!("vvu-agent: {error:#}");
+    }
     Ok(boot::power_off()?)
 }
 
-fn run() -> Result<Infallible> {
+/// Serves until that is over in order.
+fn run() -> Result<()> {
     boot::mount_file_systems()?;
     let modules = Modules::read(Path::new("/etc/modules.list"), Path::new("/lib/modules"))?;
     modules.load(Stage::Boot)?;
@@ -56,12 +61,30 @@ fn run() -> Result<Infallible> {
                 (set, error)
             });
         }
-        run_sets(serving).await
+        let wanted = tokio::select! {
+            Err(error) = run_sets(&mut serving) => return Err(error),
+            wanted = end_wanted(machine.orderly_end.as_ref()) => wanted,
+        };
+        wanted.context("the channel for the end has failed")?;
+        // Front-ends go first: a program that ends is asked for nothing any more.
+        serving.shutdown().await;
+        if let Some(end) = machine.orderly_end {
+            end.end_program().await;
+        }
+        rustix::fs::sync();
+        Ok(())
     })
 }
 
+async fn end_wanted(orderly_end: Option<&OrderlyEnd>) -> io::Result<()> {
+    match orderly_end {
+        Some(end) => end.wanted().await,
+        None => pending().await,
+    }
+}
+
 /// Waits until no device set serves any more. What is left of one stays down beside the others.
-async fn run_sets(mut serving: JoinSet<(RealDeviceSet, Option<DeviceSetError>)>) -> Result<Infallible> {
+async fn run_sets(serving: &mut JoinSet<(RealDeviceSet, Option<DeviceSetError>)>) -> Result<Infallible> {
     let mut down = JoinSet::new();
     while let Some(ended) = serving.join_next().await {
         let (set, Some(error)) = ended.context("a device set's task failed")? else { continue };

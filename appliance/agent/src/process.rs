@@ -14,7 +14,7 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use tokio::net::unix::pipe;
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 use tracing::{info, warn};
 use vvu_protocol::dax::NODE_OFFSET;
 
@@ -155,6 +155,20 @@ impl BackEndProcess {
     /// Ends a run without asking it, because of what it did.
     pub(crate) async fn end(&self, run: &Run, what: String) {
         self.failed(run, what);
+        run.stop().await;
+    }
+
+    /// Has the program end in order: it is asked to, and what is left of it after `grace` is killed. It is for who needs it no more.
+    pub(crate) async fn end_in_order(&self, grace: Duration) {
+        let run = self.shared.run.borrow().clone();
+        let Some(run) = run.filter(|run| !run.child.has_ended()) else { return };
+        run.judged.set(true);
+        run.child.terminate();
+        let name = self.name();
+        match timeout(grace, run.child.exited()).await {
+            Ok(exit) => info!("back-end {name} was asked to end: {exit}"),
+            Err(_) => warn!("back-end {name} was asked to end and has not within {} s; it is killed", grace.as_secs()),
+        }
         run.stop().await;
     }
 

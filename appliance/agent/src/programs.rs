@@ -77,7 +77,10 @@ pub async fn prepare(index: u32, back_end: &BackEnd, log: &str) -> Result<Prepar
     fs::create_dir_all(&directory)
         .and_then(|()| give(&directory, user, 0o700))
         .with_context(|| format!("cannot prepare the directory {} for the back-end", directory.display()))?;
-    let channels: Vec<_> = back_end.channels.iter().map(|name| channel(name, &directory)).collect();
+    let is_exec = matches!(back_end.device, Device::Exec(_));
+    // That one is the agent's own then.
+    let names = back_end.channels.iter().filter(|name| !is_exec || *name != CONTROL_CHANNEL);
+    let channels: Vec<_> = names.map(|name| channel(name, &directory)).collect();
     let home = Home { user, directory, channels: &channels, log };
     let program = match &back_end.device {
         Device::Blk(options) => home.blk(options).await?,
@@ -90,7 +93,12 @@ pub async fn prepare(index: u32, back_end: &BackEnd, log: &str) -> Result<Prepar
 fn channel(name: &str, directory: &Path) -> PreparedChannel {
     // A name of its own, so that no channel has that of another socket.
     let socket = directory.join(format!("channel-{name}.sock"));
-    PreparedChannel { name: name.to_owned(), port: format!("{CHANNEL_PORT_PREFIX}{name}"), socket }
+    PreparedChannel { name: name.to_owned(), port: port_name(name), socket }
+}
+
+/// Name of a channel's virtio-serial port.
+pub(crate) fn port_name(channel: &str) -> String {
+    format!("{CHANNEL_PORT_PREFIX}{channel}")
 }
 
 impl Home<'_> {

@@ -168,11 +168,20 @@ impl Child {
         ended.wait_for(Option::is_some).await.ok().and_then(|exit| *exit).unwrap_or(Exit::Unknown)
     }
 
+    /// Asks the process to end.
+    pub fn terminate(&self) {
+        self.send(Signal::TERM);
+    }
+
     /// Ends the process without asking it.
     pub fn kill(&self) {
+        self.send(Signal::KILL);
+    }
+
+    fn send(&self, signal: Signal) {
         // As long as its end has not been taken note of, the process id belongs to no other process.
         if !self.has_ended() {
-            let _ = kill_process(self.pid, Signal::KILL);
+            let _ = kill_process(self.pid, signal);
         }
     }
 }

@@ -7,8 +7,8 @@
 //! What such a namespace opens of the kernel, it opens to a program which may be in the hands of a driver VM, and the kernel is
 //! what stands between that and the agent. A namespace's root can mount file systems, set up networks and load packet filters
 //! of its own: code that is written for root and is a usual way into a kernel. So the program gets the rights over files,
-//! users and its own processes (`KEPT` in its module `syscalls`), and no others; and it can make no further user namespace, in which it
-//! would have all of them. That is less of the kernel than a plain user reaches, who may make such namespaces.
+//! users and its own processes (`KEPT` in its module `syscalls`), and no others; and it can make no further user namespace, in
+//! which it would have all of them. That is less of the kernel than a plain user reaches, who may make such namespaces.
 
 mod syscalls;
 

@@ -5,6 +5,7 @@
 //! its rules; it opens no file and starts nothing.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -32,8 +33,16 @@ pub const MAX_NAME_LEN: usize = MAX_SERIAL_LEN;
 /// What a virtio-serial port that carries a [`BackEnd`]'s channel is called: this, and the channel's name.
 pub const CHANNEL_PORT_PREFIX: &str = "org.vvu.";
 
-/// Name of the channel on which our own back-ends are told to change something while they run.
+/// Name of the channel on which our own back-ends are told to change something while they run. For [`Device::Exec`] the agent
+/// listens on it.
 pub const CONTROL_CHANNEL: &str = "control";
+
+/// What ends the programs and then the whole appliance in order: a line on [`CONTROL_CHANNEL`] of a [`Device::Exec`]. There
+/// is no answer but that the virtual machine switches itself off.
+pub const END_REQUEST: &str = "{\"end\":{}}\n";
+
+/// How long programs may take to end after [`END_REQUEST`], until they are killed.
+pub const END_GRACE: Duration = Duration::from_secs(5);
 
 /// Least and largest MTU of a network device in bytes (virtio 1.3, section 5.1.4; the largest is that of Linux's TAP).
 pub const MTU_RANGE: std::ops::RangeInclusive<u16> = 68..=65521;
@@ -145,7 +154,8 @@ pub struct BackEnd {
     /// program has one vhost-user socket for each.
     pub device_sets: Vec<String>,
     /// Byte streams between the host and the program, by name: the virtio-serial port [`CHANNEL_PORT_PREFIX`] plus name is
-    /// connected to a unix socket on which the program listens. Our own programs have [`CONTROL_CHANNEL`] and no other.
+    /// connected to a unix socket on which the program listens. Our own programs have [`CONTROL_CHANNEL`] and no other; with
+    /// others it is the agent's.
     pub channels: Vec<String>,
     /// What the program is.
     pub device: Device,

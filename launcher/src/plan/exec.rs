@@ -9,8 +9,11 @@ use crate::image::{Expected, Image};
 use crate::image_lock::ImageLock;
 use crate::overlay::Overlay;
 
-/// Most channels of a program; a digit counts them.
-pub(crate) const MAX_CHANNELS: usize = 8;
+/// Most channels of a program.
+const MAX_PROGRAM_CHANNELS: usize = 8;
+
+/// Most channels of an appliance VM, that to the agent included; a digit counts them.
+pub(crate) const MAX_CHANNELS: usize = MAX_PROGRAM_CHANNELS + 1;
 
 /// Most disks of a program: they stand on a PCI bus of 32 places.
 const MAX_DISKS: usize = 16;
@@ -33,7 +36,7 @@ impl Draft {
         Ok(Self {
             ports: vec![PortDraft { socket, option: "--socket", queues: vrings, vrings, mac: None }],
             disks,
-            channels: args.channels.clone(),
+            channels: args.channels.iter().cloned().chain([CONTROL_CHANNEL.to_owned()]).collect(),
             overlay: Some(overlay),
             ..Self::of(Class::Exec, Device::Exec(options))
         })
@@ -62,7 +65,7 @@ fn check(args: &ExecArgs) -> anyhow::Result<()> {
     }
     let disks: Vec<&String> = args.disks.iter().map(|disk| &disk.name).collect();
     let channels: Vec<&String> = args.channels.iter().collect();
-    for (kind, names, most) in [("disk", &disks, MAX_DISKS), ("channel", &channels, MAX_CHANNELS)] {
+    for (kind, names, most) in [("disk", &disks, MAX_DISKS), ("channel", &channels, MAX_PROGRAM_CHANNELS)] {
         if names.len() > most {
             bail!("{} {kind}s are too many; name at most {most}", names.len());
         }
@@ -110,7 +113,8 @@ mod tests {
         let Device::Exec(options) = &draft.device else { panic!("not exec") };
         assert_eq!(options.command, words);
         assert_eq!(options.disks, [ExecDisk { name: "data".into(), read_only: false }]);
-        assert_eq!((draft.channels.as_slice(), draft.disks[0].image.size_bytes), (&["qmp".to_owned()][..], 1 << 20));
+        assert_eq!(draft.channels, ["qmp", "control"]);
+        assert_eq!(draft.disks[0].image.size_bytes, 1 << 20);
         assert!(!draft.can_stand_by(), "two programs would write to the disk");
     }
 

@@ -3,7 +3,7 @@
 use std::future::pending;
 use std::path::PathBuf;
 
-use vvu_appliance_config::{ApplianceConfig, CONTROL_CHANNEL, Device, Format};
+use vvu_appliance_config::{ApplianceConfig, Device, Format};
 
 use super::{Run, in_ms};
 use crate::control::{ImageStatus, LivePids, PortStatus, Reply, Request, Status};
@@ -135,8 +135,7 @@ impl Run<'_> {
 
     /// The control channel of an appliance VM's back-end; nowhere if it has none.
     fn control_channel(&self, id: ApplianceId) -> PathBuf {
-        let number = self.plan.channels.iter().position(|channel| channel.name == CONTROL_CHANNEL);
-        number.map(|number| self.fleet.channel(number, id)).unwrap_or_default()
+        self.plan.control_channel().map(|number| self.fleet.channel(number, id)).unwrap_or_default()
     }
 
     /// What has changed is the run's from now on, also for restarts.

@@ -60,7 +60,7 @@ impl Port {
     }
 
     /// Waits for a client: one that is connected, or has been and has left something to read.
-    pub(super) async fn client(&self) -> io::Result<()> {
+    pub(crate) async fn client(&self) -> io::Result<()> {
         while self.is_hung_up()? && !self.taste()? {
             self.writable.next().await?;
         }
@@ -88,7 +88,7 @@ impl Port {
     }
 
     /// Reads what is there, or waits for it; nothing if the client has gone.
-    pub(super) async fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+    pub(crate) async fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
         let tasted = self.take_tasted(buffer);
         if tasted > 0 {
             return Ok(tasted);
