@@ -8,7 +8,6 @@ use crate::bell::Bell;
 use crate::driver_data::{Cursor, MemoryWatch};
 use crate::driver_state::MAX_COMMAND_LEN;
 use crate::fault::{Condition, Fault};
-use crate::features;
 use crate::port::{MAX_INDIRECT_CHAIN, Port};
 use crate::waiting::Waiting;
 
@@ -78,7 +77,7 @@ impl Worker<'_> {
             Some(ring) => ring.place()?,
             None => {
                 let ring = self.service.open_ring()?;
-                begin(self.port, ring.next_avail());
+                self.port.start_control(ring.next_avail());
                 self.ring = Some(ring);
             }
         }
@@ -138,26 +137,6 @@ impl Worker<'_> {
                 Condition::Broken
             }
         }
-    }
-}
-
-/// The queue starts. At its beginning the driver is new, and will say what it wants. In its midst the driver has said it to
-/// a back-end before this one, which is gone or on another host: then everything passes, all queues in service are used,
-/// and the network has to learn where the driver is now.
-fn begin(port: &Port, position: u16) {
-    let negotiated = port.negotiated();
-    let announces = negotiated.features & features::GUEST_ANNOUNCE != 0;
-    let has_changed = port.change_driver(|driver| {
-        if position == 0 {
-            driver.begin_control(negotiated);
-            return false;
-        }
-        let is_news = driver.pairs.is_none() && announces && !driver.announce;
-        driver.announce |= is_news;
-        is_news
-    });
-    if has_changed {
-        port.config_changed();
     }
 }
 

@@ -17,13 +17,25 @@ const ANNOUNCE: u8 = 3;
 const MQ: u8 = 4;
 const GUEST_OFFLOADS: u8 = 5;
 
+/// Which of the driver's commands are known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Heard {
+    /// None: its control queue has not been in service, or the front-end keeps it to itself.
+    Nothing,
+    /// All since the reset.
+    All,
+    /// Those since its control queue was taken over from a back-end before.
+    Latest,
+}
+
 /// See the module's text.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct DriverState {
+    heard: Heard,
     pub(crate) filter: DriverFilter,
     /// The driver's address.
     pub(crate) mac: MacAddress,
-    /// Queue pairs that the driver uses. None: whichever are in service.
+    /// Queue pairs that the driver uses. None: not known.
     pub(crate) pairs: Option<u16>,
     /// What may be left to the driver.
     pub(crate) offloads: Offloads,
@@ -49,16 +61,40 @@ impl Negotiated {
 impl DriverState {
     /// As after a reset.
     pub(crate) fn new(mac: MacAddress) -> Self {
-        Self { filter: DriverFilter::open(), mac, pairs: None, offloads: Offloads::empty(), announce: false }
+        let filter = DriverFilter::open();
+        Self { heard: Heard::Nothing, filter, mac, pairs: None, offloads: Offloads::empty(), announce: false }
     }
 
-    /// A new driver starts its control queue: it has said nothing yet, but will. Of several queue pairs it uses one, and no
-    /// VLANs pass, until it says otherwise (sections 5.1.6.5.5 and 5.1.6.5.3).
-    pub(crate) fn begin_control(&mut self, negotiated: Negotiated) {
-        self.pairs = Some(1);
-        if negotiated.has(features::CTRL_VLAN) {
-            self.filter.close_vlans();
+    /// The control queue starts, at this position of its ring. `mac` is the device's own. True if the driver is to be told that
+    /// it shall announce itself.
+    ///
+    /// At the ring's beginning the driver is new: it has said nothing yet, but will. Of several queue pairs it uses one, and
+    /// no VLANs pass, until it says otherwise (sections 5.1.6.5.5 and 5.1.6.5.3).
+    ///
+    /// In its midst the driver has said what it wants, and will not say it again. If it was to a back-end before this one,
+    /// which is gone or on another host, everything passes, and nothing is left to the driver that it may have declined; and
+    /// the network has to learn where the driver is now.
+    pub(crate) fn start_control(&mut self, position: u16, mac: MacAddress, negotiated: Negotiated) -> bool {
+        if position == 0 {
+            *self = Self::new(mac);
+            self.heard = Heard::All;
+            self.pairs = Some(1);
+            self.offloads = Offloads::of_receiver(negotiated.features);
+            if negotiated.has(features::CTRL_VLAN) {
+                self.filter.close_vlans();
+            }
+            return false;
         }
+        if self.heard != Heard::Nothing {
+            return false;
+        }
+        self.heard = Heard::Latest;
+        self.filter = DriverFilter::unknown();
+        if negotiated.has(features::CTRL_GUEST_OFFLOADS) {
+            self.offloads = Offloads::empty();
+        }
+        self.announce = negotiated.has(features::GUEST_ANNOUNCE);
+        self.announce
     }
 
     /// Carries out a command; false if that is refused.
@@ -165,7 +201,7 @@ mod tests {
     #[test]
     fn commands_set_what_they_say() {
         let mut state = DriverState::new(OWN);
-        state.begin_control(ALL);
+        state.start_control(0, OWN, ALL);
         state.announce = true;
         assert_eq!(state.pairs, Some(1));
         let mut apply = |command: &[u8]| {
@@ -182,6 +218,27 @@ mod tests {
         assert_eq!(apply(&[4, 0, 4, 0]).pairs, Some(4));
         let offloads = (features::GUEST_CSUM | features::GUEST_TSO4).to_le_bytes();
         assert_eq!(apply(&[&[5, 0][..], &offloads].concat()).offloads, Offloads::CHECKSUM | Offloads::TCP4);
+    }
+
+    #[test]
+    fn a_driver_that_was_here_before_loses_nothing() {
+        let mut state = DriverState::new(OWN);
+        assert!(state.start_control(9, OWN, ALL), "it is asked to announce itself");
+        assert_eq!((state.pairs, state.offloads, &state.filter), (None, Offloads::empty(), &DriverFilter::unknown()));
+        assert!(state.apply(&[4, 0, 3, 0], ALL) && state.apply(&[3, 0], ALL));
+        let known = state.clone();
+        assert!(!state.start_control(10, OWN, ALL), "it was heard since");
+        assert_eq!(state, known);
+        let others = Negotiated { features: features::GUEST_TSO4 | features::GUEST_CSUM, max_pairs: 4 };
+        state = DriverState { offloads: Offloads::of_receiver(others.features), ..DriverState::new(OWN) };
+        assert!(!state.start_control(9, OWN, others));
+        assert_eq!(state.offloads, Offloads::CHECKSUM | Offloads::TCP4, "what it could not decline");
+        // A new driver, whatever the one before has set.
+        assert!(state.apply(&[0, 0, 0], ALL) && !state.start_control(0, OWN, ALL));
+        let mut new = DriverState::new(OWN);
+        new.start_control(0, OWN, ALL);
+        assert_eq!(state, new);
+        assert!(new.offloads == Offloads::of_receiver(ALL.features) && new.pairs == Some(1));
     }
 
     #[test]
@@ -217,7 +274,7 @@ mod tests {
             vec![255, 255],
         ] {
             let mut state = DriverState::new(OWN);
-            state.begin_control(ALL);
+            state.start_control(0, OWN, ALL);
             let before = state.clone();
             assert!(!state.apply(&command, ALL), "{command:x?}");
             assert_eq!(state, before, "{command:x?}");
@@ -253,7 +310,7 @@ mod tests {
             let mut command = command;
             command.splice(..command.len().min(2), [class, code]);
             let mut state = DriverState::new(OWN);
-            state.begin_control(ALL);
+            state.start_control(0, OWN, ALL);
             let before = state.clone();
             let taken = state.apply(&command, ALL);
             prop_assert!(taken || state == before);

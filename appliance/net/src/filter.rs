@@ -76,7 +76,7 @@ pub(crate) struct DriverFilter {
     pub(crate) no_multicast: bool,
     pub(crate) no_unicast: bool,
     pub(crate) no_broadcast: bool,
-    /// None: more than are kept, so all pass.
+    /// None: more than are kept, or not known; so all pass.
     unicast: Option<Vec<MacAddress>>,
     multicast: Option<Vec<MacAddress>>,
     /// VLANs with tags that pass, a bit each. None: all.
@@ -84,8 +84,7 @@ pub(crate) struct DriverFilter {
 }
 
 impl DriverFilter {
-    /// Everything passes: a driver that says nothing gets all frames, and one that has said something to a back-end before
-    /// this one, too.
+    /// Everything passes: a driver that says nothing gets all frames.
     pub(crate) fn open() -> Self {
         Self {
             promiscuous: true,
@@ -98,6 +97,11 @@ impl DriverFilter {
             multicast: Some(Vec::new()),
             vlans: None,
         }
+    }
+
+    /// Everything passes, and whatever the driver has named goes on to pass when it leaves promiscuous mode.
+    pub(crate) fn unknown() -> Self {
+        Self { unicast: None, multicast: None, ..Self::open() }
     }
 
     /// From now on only VLANs pass that the driver names.

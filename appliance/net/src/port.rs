@@ -63,6 +63,8 @@ pub(crate) struct Port {
     receivers: Vec<Receiver>,
     /// Receive queues in service, a bit each.
     receiving: AtomicU64,
+    /// Those of them that the driver has given a buffer to.
+    supplied: AtomicU64,
     /// The connection of the front-end, to be told of changes.
     connection: Mutex<Option<Handle>>,
     peer_log: LogLimit,
@@ -86,6 +88,7 @@ impl Port {
             features: AtomicU64::new(0),
             receivers: (0..pairs).map(|pair| Receiver::new(first + 2 * Target::from(pair))).collect(),
             receiving: AtomicU64::new(0),
+            supplied: AtomicU64::new(0),
             connection: Mutex::new(None),
             peer_log: LogLimit::new(),
         }
@@ -112,6 +115,14 @@ impl Port {
         // They come again with each queue pair, and when a migration begins.
         if self.features.swap(features, Ordering::Relaxed) != features {
             self.change_driver(|driver| driver.offloads = Offloads::of_receiver(features));
+        }
+    }
+
+    /// The driver's control queue starts, at this position of its ring.
+    pub(crate) fn start_control(&self, position: u16) {
+        let negotiated = self.negotiated();
+        if self.change_driver(|driver| driver.start_control(position, self.mac, negotiated)) {
+            self.config_changed();
         }
     }
 
@@ -164,10 +175,15 @@ impl Port {
         driver.filter.admits(ethernet, driver.mac).then_some((driver.offloads, driver.pairs))
     }
 
-    /// Which receive queue a packet goes to: the same for all packets of a connection, among those in service.
+    /// Which receive queue a packet goes to: the same for all packets of a connection, among those in service. While it is not
+    /// known which of them the driver uses, those with buffers count.
     pub(crate) fn choose_receiver(&self, packet: &Packet<'_>, pairs: Option<u16>) -> Option<(u16, &Receiver)> {
         let in_use = pairs.map_or(u64::MAX, |pairs| u64::MAX.checked_shr(64 - u32::from(pairs.min(64))).unwrap_or(0));
-        let candidates = self.receiving.load(Ordering::Acquire) & in_use;
+        let mut candidates = self.receiving.load(Ordering::Acquire) & in_use;
+        let supplied = candidates & self.supplied.load(Ordering::Relaxed);
+        if pairs.is_none() && supplied != 0 {
+            candidates = supplied;
+        }
         let pair = match candidates.count_ones() {
             0 => return None,
             1 => candidates.trailing_zeros(),
@@ -188,7 +204,13 @@ impl Port {
             self.receiving.fetch_or(bit, Ordering::AcqRel);
         } else {
             self.receiving.fetch_and(!bit, Ordering::AcqRel);
+            self.supplied.fetch_and(!bit, Ordering::Relaxed);
         }
+    }
+
+    /// The driver has given a receive queue a buffer.
+    pub(crate) fn set_supplied(&self, pair: u16) {
+        self.supplied.fetch_or(1 << (pair % MAX_PAIRS), Ordering::Relaxed);
     }
 
     /// Number of receive queues in service.

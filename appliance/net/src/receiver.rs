@@ -240,6 +240,13 @@ impl Receiver {
         }
     }
 
+    /// The driver has ever given the ring a buffer. If not, it kicks when it does.
+    fn is_supplied(&self) -> bool {
+        let mut guard = self.lock();
+        // What is wrong with the ring shows when it is used.
+        guard.as_mut().is_some_and(|open| open.ring.next_avail() != 0 || matches!(open.ring.listen(), Ok(true)))
+    }
+
     /// Who waits is to look again.
     pub(crate) fn wake_waiters(&self) {
         if let Some(open) = self.lock().as_mut() {
@@ -374,6 +381,7 @@ pub(crate) fn serve(port: &Port, receiver: &Receiver, pair: u16, service: &Servi
     let mut waiting = Waiting::new(service);
     let mut opening = Condition::Waiting;
     let mut try_to_open = true;
+    let mut is_supplied = false;
     while !service.should_stop() {
         if opening == Condition::Waiting && std::mem::take(&mut try_to_open) {
             opening = match service.open_ring() {
@@ -386,6 +394,10 @@ pub(crate) fn serve(port: &Port, receiver: &Receiver, pair: u16, service: &Servi
                 }
                 Err(error) => port.pause_or_break(error, service, &mut bell),
             };
+        }
+        if !is_supplied && receiver.is_supplied() {
+            port.set_supplied(pair);
+            is_supplied = true;
         }
         let events = waiting.wait(&mut bell, None);
         if events.woken {

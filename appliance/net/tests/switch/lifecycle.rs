@@ -9,8 +9,8 @@ use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::{VhostUserInflight, VhostUserProtocolFeatures};
 
 use crate::driver::{ALL, DATA_ONLY, Machine};
-use crate::frames::{NO_OFFLOAD, between};
-use crate::program::Program;
+use crate::frames::{NO_OFFLOAD, between, header, is_right, plain, tagged, udp};
+use crate::program::{Program, mac};
 
 #[test]
 fn ports_come_and_go_by_themselves() {
@@ -182,4 +182,58 @@ fn mistakes_are_one_line_with_the_remedy() {
     let output = Command::new(env!("CARGO_BIN_EXE_vvu-net")).arg("--print-capabilities").output().unwrap();
     let capabilities: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(capabilities, serde_json::json!({ "type": "net" }));
+}
+
+/// What the driver has told the program before is not told to the next one.
+#[test]
+fn a_driver_gets_everything_from_a_program_that_was_not_told_what_it_wants() {
+    let mut program = Program::start(&["", "queues=4"], &[]);
+    let mut right = Machine::connect(&program, 1, ALL);
+    let mut control = right.control_queue(8, 64);
+    // All queues are in service, and the driver uses two of them.
+    let mut queues: Vec<_> = (0..4).map(|pair| right.pair(pair, if pair < 2 { 32 } else { 0 }, 2000).0).collect();
+    let group = [0x33, 0x33, 0, 0, 0, 1];
+    let groups = [&[1, 0][..], &0u32.to_le_bytes(), &1u32.to_le_bytes(), &group].concat();
+    let no_offloads = [&[5, 0][..], &0u64.to_le_bytes()].concat();
+    let moved = [0x52, 0x54, 0, 0, 8, 8];
+    let address = [&[1, 1][..], &moved].concat();
+    for command in [&[0, 0, 0][..], &groups, &[2, 0, 7, 0], &no_offloads, &address, &[4, 0, 2, 0]] {
+        assert_eq!(control.command(&right, command), 0, "{command:?}");
+    }
+
+    program.kill_and_restart();
+    right.reconnect(&program, 1, VhostUserProtocolFeatures::empty());
+    right.announce_memory();
+    for queue in queues.iter_mut().chain([&mut control]) {
+        let base = queue.used_index(&right.memory);
+        queue.start(&mut right, base);
+    }
+    crate::driver::wait_until("announcement", || right.config()[6] == 3);
+    let mut left = Machine::connect(&program, 0, DATA_ONLY);
+    let (_, mut tx) = left.pair(0, 0, 0);
+    let mut gets = |right: &Machine, offload: &[u8], frame: &[u8]| {
+        tx.send(&left, offload, frame);
+        let received = queues.iter_mut().find_map(|queue| {
+            let received = queue.try_receive(right)?;
+            queue.recycle(right, &received);
+            Some(received.frame)
+        });
+        received.unwrap_or_default()
+    };
+    let from = mac(0);
+    let frames = [plain(group, from, 60), tagged(7, &plain(moved, from, 60)), plain(moved, from, 60)];
+    // Once more after it has left promiscuous mode, as drivers do who name no group anew.
+    for _ in 0..2 {
+        for frame in &frames {
+            assert_eq!(gets(&right, &NO_OFFLOAD, frame), *frame);
+        }
+        for port in 0..20 {
+            let frame = gets(&right, &header(0, 0, 34, 6), &udp(moved, from, port, &[1, 2, 3]));
+            assert!(is_right(&frame), "connection {port}: {frame:?}");
+        }
+        assert_eq!(control.command(&right, &[0, 0, 0]), 0);
+    }
+    // It is known again when it is said again.
+    assert_eq!(control.command(&right, &[&[1, 0][..], &[0; 8]].concat()), 0);
+    assert!(gets(&right, &NO_OFFLOAD, &frames[0]).is_empty());
 }
