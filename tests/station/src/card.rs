@@ -39,8 +39,9 @@ pub(crate) const NEXT: u16 = 1;
 pub(crate) const WRITE: u16 = 2;
 pub(crate) const INDIRECT: u16 = 4;
 
-/// Features: CSUM, MAC, HOST_TSO4, MRG_RXBUF, CTRL_VQ, CTRL_RX, INDIRECT_DESC, VERSION_1.
-const FEATURES: u64 = 1 | 1 << 5 | 1 << 11 | 1 << 15 | 1 << 17 | 1 << 18 | 1 << 28 | 1 << 32;
+/// Features that are taken if they are offered: CSUM, MAC, HOST_TSO4, MRG_RXBUF, CTRL_VQ, CTRL_RX, INDIRECT_DESC, VERSION_1,
+/// and ACCESS_PLATFORM, which a driver must take.
+const FEATURES: u64 = 1 | 1 << 5 | 1 << 11 | 1 << 15 | 1 << 17 | 1 << 18 | 1 << 28 | 1 << 32 | 1 << 33;
 
 /// States of the device.
 const ACKNOWLEDGE: u8 = 1;
@@ -49,6 +50,8 @@ const DRIVER_OK: u8 = 4;
 const FEATURES_OK: u8 = 8;
 
 /// Fields of the common configuration.
+const DEVICE_FEATURE_SELECT: usize = 0;
+const DEVICE_FEATURE: usize = 4;
 const DRIVER_FEATURE_SELECT: usize = 8;
 const DRIVER_FEATURE: usize = 12;
 const DEVICE_STATUS: usize = 20;
@@ -105,7 +108,10 @@ impl Card {
         if folder.join("driver").exists() {
             fs::write(folder.join("driver/unbind"), device).context("the driver does not let go")?;
         }
-        fs::write(folder.join("enable"), "1").context("cannot enable the device")?;
+        // It counts how often it was enabled.
+        if fs::read_to_string(folder.join("enable"))?.trim() == "0" {
+            fs::write(folder.join("enable"), "1").context("cannot enable the device")?;
+        }
         let config = File::options().read(true).write(true).open(folder.join("config"))?;
         config.write_all_at(&COMMAND_BITS.to_le_bytes(), COMMAND).context("cannot command the device")?;
         let mut space = [0; 256];
@@ -124,9 +130,11 @@ impl Card {
         let common = self.common;
         await_it("the reset", || Ok(common.read::<u8>(DEVICE_STATUS)? == 0))?;
         common.write(DEVICE_STATUS, ACKNOWLEDGE | DRIVER)?;
-        for (half, bits) in [(0_u32, FEATURES & 0xffff_ffff), (1, FEATURES >> 32)] {
+        for (half, shift) in [(0_u32, 0), (1, 32)] {
+            common.write(DEVICE_FEATURE_SELECT, half)?;
+            let offered = u64::from(common.read::<u32>(DEVICE_FEATURE)?);
             common.write(DRIVER_FEATURE_SELECT, half)?;
-            common.write(DRIVER_FEATURE, u32::try_from(bits)?)?;
+            common.write(DRIVER_FEATURE, u32::try_from(offered & (FEATURES >> shift))?)?;
         }
         common.write(DEVICE_STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK)?;
         ensure!(common.read::<u8>(DEVICE_STATUS)? & FEATURES_OK != 0, "the device refuses the features");
