@@ -3,7 +3,7 @@
 use std::ffi::CStr;
 use std::fs;
 use std::io;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -14,6 +14,7 @@ use rustix::termios::tcdrain;
 use tracing_subscriber::EnvFilter;
 use vvu_appliance_config::{ApplianceConfig, Device, FW_CFG_NAME, MAX_CONFIG_LEN};
 
+use crate::network::bring_loopback_up;
 use crate::user_namespace::forbid_to_programs;
 
 /// File systems of the kernel, and a place for sockets.
@@ -55,6 +56,11 @@ pub fn mount_file_systems() -> Result<()> {
         fs::create_dir_all(target).with_context(|| format!("cannot make {target}"))?;
         mount(kind, target, kind, flags, None).with_context(|| format!("cannot mount {kind} on {target}"))?;
     }
+    // Both are file systems in memory, where everybody may write at first.
+    for place in ["/", "/run"] {
+        let permissions = fs::Permissions::from_mode(0o755);
+        fs::set_permissions(place, permissions).with_context(|| format!("cannot protect {place}"))?;
+    }
     Ok(())
 }
 
@@ -76,7 +82,7 @@ pub fn prepare_for_programs(config: &ApplianceConfig) -> Result<()> {
     for (target, link) in LINKS_OF_PROGRAMS {
         symlink(target, link).with_context(|| format!("cannot make {link}"))?;
     }
-    Ok(())
+    Ok(bring_loopback_up()?)
 }
 
 fn limit(resource: Resource, change: impl FnOnce(Rlimit) -> Rlimit) -> Result<()> {

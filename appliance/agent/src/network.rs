@@ -22,6 +22,9 @@ pub const TAP: &str = "vvu0";
 /// The bridge's name.
 const BRIDGE: &str = "vvubr0";
 
+/// The interface that leads back to where a packet comes from.
+const LOOPBACK: &str = "lo";
+
 /// Where TAPs are made and opened. Who has no rights but may open it can use the TAPs of his user and do nothing else.
 pub const TUN_DEVICE: &str = "/dev/net/tun";
 
@@ -74,6 +77,15 @@ pub fn make_uplink(mac: &str, mtu: u16, owner: u32) -> Result<(), NetworkError> 
     }
     tracing::info!(card, mac, mtu, "uplink is up");
     Ok(())
+}
+
+/// Lets programs of the appliance talk to each other, and to nobody else, by their own addresses (127.0.0.1, `::1`).
+///
+/// # Errors
+/// [`NetworkError`].
+pub fn bring_loopback_up() -> Result<(), NetworkError> {
+    let interfaces = Interfaces::new().map_err(failed("open a socket"))?;
+    interfaces.set_up(LOOPBACK).map_err(failed(format!("bring {LOOPBACK} up")))
 }
 
 /// No interface, now or later, gets an IPv6 address by itself. A kernel without IPv6 has nothing to switch off.

@@ -55,6 +55,9 @@ pub struct PreparedChannel {
     pub socket: PathBuf,
 }
 
+/// Where programs look for a directory that they may write to.
+const HOME_VARIABLES: [&str; 3] = ["HOME", "TMPDIR", "RUNTIME_DIRECTORY"];
+
 /// What every program has.
 struct Home<'a> {
     user: User,
@@ -126,14 +129,15 @@ impl Home<'_> {
     }
 
     async fn exec(self, options: &ExecOptions) -> Result<BackEndProgram> {
-        let socket = self.directory.join("back-end.sock");
+        let stem = self.directory.join("back-end");
+        let socket = self.directory.join("back-end0");
         let mut disks = Vec::new();
         for disk in &options.disks {
             disks.push((disk.name.as_str(), self.disk(&disk.name, disk.read_only).await?));
         }
         let channels: Vec<_> =
             self.channels.iter().map(|channel| (channel.name.as_str(), channel.socket.clone())).collect();
-        let places = Places { socket: &socket, channels: &channels, disks: &disks };
+        let places = Places { socket: &socket, stem: &stem, channels: &channels, disks: &disks };
         let mut words = options.command.iter().map(|word| substitute(word, &places));
         let program = words.next().context("the command is empty")??;
         let arguments = words.collect::<Result<_, _>>()?;
@@ -144,8 +148,8 @@ impl Home<'_> {
         fs::create_dir_all(&directory)
             .and_then(|()| give(&directory, self.user, 0o755))
             .with_context(|| format!("cannot prepare the directory {}", directory.display()))?;
-        let home = directory.clone().into_os_string();
-        let environment = vec![("PATH".into(), PATH.into()), ("HOME".into(), home.clone()), ("TMPDIR".into(), home)];
+        let mut environment = vec![("PATH".into(), PATH.into())];
+        environment.extend(HOME_VARIABLES.map(|name| (name.into(), directory.clone().into_os_string())));
         Ok(BackEndProgram {
             program,
             arguments,

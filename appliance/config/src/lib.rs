@@ -265,7 +265,8 @@ pub struct PortFilter {
 #[serde(deny_unknown_fields)]
 pub struct ExecOptions {
     /// Program and arguments. In an argument `{socket}` stands for the path of the vhost-user socket on which the program shall
-    /// listen, `{channel:NAME}` for that of a channel's socket, `{disk:NAME}` for a disk's device node.
+    /// listen, `{socket-stem}` for the same without the `0` at its end, for programs that number their sockets themselves,
+    /// `{channel:NAME}` for that of a channel's socket, `{disk:NAME}` for a disk's device node.
     pub command: Vec<String>,
     /// The appliance's virtio disks that it may use; their serial numbers are their names.
     pub disks: Vec<ExecDisk>,

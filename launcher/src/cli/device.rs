@@ -172,7 +172,8 @@ pub(crate) struct ExecArgs {
     #[command(flatten)]
     pub(crate) machine: MachineArgs,
 
-    /// The program and its arguments; {socket} stands for the vhost-user socket on which it shall listen
+    /// The program and its arguments; {socket} stands for the vhost-user socket on which it shall listen, {socket-stem} for the
+    /// same without the 0 at its end, which some programs add themselves
     #[arg(last = true, required = true, value_name = "COMMAND")]
     pub(crate) command: Vec<String>,
 }

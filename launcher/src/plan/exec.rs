@@ -21,6 +21,9 @@ const MAX_DISKS: usize = 16;
 /// What stands for the vhost-user socket in a command.
 const SOCKET: &str = "{socket}";
 
+/// What stands for its path without the `0` at its end, which some programs add themselves.
+const SOCKET_STEM: &str = "{socket-stem}";
+
 impl Draft {
     /// A program of the operator's.
     ///
@@ -60,7 +63,7 @@ fn disk(spec: &DiskSpec) -> anyhow::Result<DiskDraft> {
 /// Names that are used must be there, so that a slip of the pen is told before a VM boots.
 fn check(args: &ExecArgs) -> anyhow::Result<()> {
     let words = args.command.concat();
-    if !words.contains(SOCKET) {
+    if ![SOCKET, SOCKET_STEM].iter().any(|place| words.contains(place)) {
         bail!("the command has no {SOCKET}, so the program cannot know where to listen; put it into an argument");
     }
     let disks: Vec<&String> = args.disks.iter().map(|disk| &disk.name).collect();
@@ -137,6 +140,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let refusal = |more: &[&str], words: &[&str]| draft(directory.path(), more, words).unwrap_err().to_string();
         assert!(refusal(&[], &["daemon"]).contains("no {socket}"));
+        assert!(draft(directory.path(), &[], &["daemon", "--socket-path={socket-stem}"]).is_ok());
         assert!(refusal(&[], &["{socket}", "{disk:data}"]).contains("{disk:data}, which is not there; add --disk"));
         assert!(refusal(&["--channel", "qmp"], &["{socket}", "{channel:qmp}{channel:x}"]).contains("{channel:x}"));
         assert!(refusal(&["--channel", "control"], &["{socket}"]).contains("vvu's own"));

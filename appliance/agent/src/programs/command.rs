@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 #[derive(Debug)]
 pub(super) struct Places<'a> {
     pub(super) socket: &'a Path,
+    /// The path of the socket without the `0` at its end: some programs number their sockets themselves.
+    pub(super) stem: &'a Path,
     pub(super) channels: &'a [(&'a str, PathBuf)],
     pub(super) disks: &'a [(&'a str, PathBuf)],
 }
@@ -22,7 +24,7 @@ pub(super) struct UnknownName {
     known: String,
 }
 
-/// Replaces `{socket}`, `{channel:NAME}` and `{disk:NAME}`. Every other brace is what it is: arguments are often JSON.
+/// Replaces `{socket}`, `{socket-stem}`, `{channel:NAME}` and `{disk:NAME}`. Every other brace is what it is: arguments are often JSON.
 pub(super) fn substitute(word: &str, places: &Places<'_>) -> Result<OsString, UnknownName> {
     let mut result = OsString::new();
     let mut rest = word;
@@ -48,6 +50,8 @@ fn place<'a>(after: &'a str, places: &Places<'a>) -> Result<Option<(&'a Path, &'
     let Some((inside, behind)) = after.split_once('}') else { return Ok(None) };
     let path = if inside == "socket" {
         places.socket
+    } else if inside == "socket-stem" {
+        places.stem
     } else if let Some(name) = inside.strip_prefix("channel:") {
         look_up("channel", name, places.channels)?
     } else if let Some(name) = inside.strip_prefix("disk:") {
@@ -89,15 +93,17 @@ mod tests {
     fn replaced(word: &str) -> Result<String, UnknownName> {
         let channels = [("qmp", "/run/channel-qmp.sock".into())];
         let disks = [("data", "/dev/vda".into()), ("base", "/dev/vdb".into())];
-        let places = Places { socket: Path::new("/run/back-end.sock"), channels: &channels, disks: &disks };
+        let (socket, stem) = (Path::new("/run/back-end0"), Path::new("/run/back-end"));
+        let places = Places { socket, stem, channels: &channels, disks: &disks };
         substitute(word, &places).map(|word| word.into_string().unwrap())
     }
 
     #[test]
     fn names_become_paths_wherever_they_stand() {
         for (word, expected) in [
-            ("{socket}", "/run/back-end.sock"),
-            ("--socket-path={socket},x={socket}", "--socket-path=/run/back-end.sock,x=/run/back-end.sock"),
+            ("{socket}", "/run/back-end0"),
+            ("--socket-path={socket-stem}", "--socket-path=/run/back-end"),
+            ("--socket-path={socket},x={socket}", "--socket-path=/run/back-end0,x=/run/back-end0"),
             ("socket,path={channel:qmp},server=on", "socket,path=/run/channel-qmp.sock,server=on"),
             ("{disk:data}{disk:base}", "/dev/vda/dev/vdb"),
             (r#"{"driver":"file","filename":"{disk:data}"}"#, r#"{"driver":"file","filename":"/dev/vda"}"#),
@@ -113,14 +119,14 @@ mod tests {
         {
             assert_eq!(replaced(word).unwrap(), word);
         }
-        assert_eq!(replaced("{{socket}}").unwrap(), "{/run/back-end.sock}");
+        assert_eq!(replaced("{{socket}}").unwrap(), "{/run/back-end0}");
     }
 
     #[test]
     fn a_name_that_stands_for_nothing_is_told_with_those_that_do() {
         let error = replaced("x={disk:date}").unwrap_err().to_string();
         assert_eq!(error, "the command names the disk 'date', which is not given to it: there is data, base");
-        let places = Places { socket: Path::new("s"), channels: &[], disks: &[] };
+        let places = Places { socket: Path::new("s0"), stem: Path::new("s"), channels: &[], disks: &[] };
         let error = substitute("{channel:qmp}", &places).unwrap_err().to_string();
         assert_eq!(error, "the command names the channel 'qmp', which is not given to it: there is none");
     }
