@@ -33,6 +33,9 @@ const SECOND_DELAY_MAX_MS: u64 = 12_000;
 /// Length of the image in bytes.
 const IMAGE_LEN: u64 = 16 << 20;
 
+/// Many requests are a FLUSH: those after it are done before it, so a kill meets a ring whose requests end out of order.
+const LOAD: Load = Load { blocks: 2048, writers: 16, flush_one_in: 8 };
+
 /// What a person may choose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SoakOptions {
@@ -167,7 +170,7 @@ impl<'a> Soak<'a> {
     fn start(testbed: &'a Testbed, seed: u64) -> Result<Self> {
         let image = create(&testbed.folder().join("disk.img"), IMAGE_LEN)?;
         let run = VvuRun::start_with(testbed, "disk", &ServedImage::writable(&image), &loss::OPTIONS)?;
-        let witness = Witness::new(testbed, "witness", seed, Load::default())?;
+        let witness = Witness::new(testbed, "witness", seed, LOAD)?;
         let (vm, footprints, requests) = (None, Vec::new(), 0);
         let mut soak = Self { testbed, image, run, witness, vm, footprints, requests };
         soak.boot()?;
