@@ -8,7 +8,7 @@ use serde::Deserialize;
 use crate::workspace::Workspace;
 
 /// Which crates of the workspace a crate may use. Tests of a crate (dev-dependencies) are free.
-const ALLOWED: [(&str, &[&str]); 16] = [
+const ALLOWED: [(&str, &[&str]); 17] = [
     ("vvu-protocol", &[]),
     ("vvu-socket", &["vvu-protocol"]),
     ("vvu-bridge", &["vvu-protocol", "vvu-socket"]),
@@ -17,6 +17,8 @@ const ALLOWED: [(&str, &[&str]); 16] = [
     // A back-end is an ordinary vhost-user program: it knows nothing of appliances.
     ("vvu-blk", &["vvu-back-end", "vvu-protocol"]),
     ("vvu-net", &["vvu-back-end", "vvu-protocol"]),
+    // For tests alone.
+    ("vvu-test-driver", &[]),
     ("vvu-agent", &["vvu-appliance-config", "vvu-protocol", "vvu-socket"]),
     // Other parts are programs to it, as they are to an operator.
     ("vvu", &["vvu-appliance-config", "vvu-protocol"]),

@@ -1,17 +1,18 @@
 //! A driver's ring in memory that the test maps itself.
 
+use std::ops::{Deref, DerefMut};
 use std::os::fd::OwnedFd;
-use std::sync::atomic::Ordering;
 
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vvu_protocol::address::{FileOffset as Offset, GuestAddress as Guest, UserAddress};
 use vvu_protocol::memory::MemoryRegion;
 use vvu_protocol::message::{VringAddresses, VringState};
+pub(crate) use vvu_test_driver::event::wait_until;
+pub(crate) use vvu_test_driver::front_end::USER_BASE;
+use vvu_test_driver::front_end::{map_region, region_of};
+use vvu_test_driver::ring::{Desc, Memory, NEXT, Ring, WRITE};
 
 use crate::front_end::{Events, FrontEnd, NamedMemory, Request, wait_for};
-
-/// Difference of the front-end's addresses to guest-physical ones: far, so that a missed translation fails.
-pub(crate) const USER_BASE: u64 = 0x7a00_0000_0000;
 
 pub(crate) const PAGE: u64 = 4096;
 
@@ -33,15 +34,13 @@ pub(crate) fn region(start: u64, len: u64, offset: u64) -> MemoryRegion {
 /// Memory of the driver VM.
 pub(crate) struct DriverMemory {
     pub(crate) named: NamedMemory,
-    pub(crate) map: GuestMemoryMmap<()>,
+    pub(crate) map: Memory,
 }
 
 impl DriverMemory {
     pub(crate) fn new() -> Self {
         let named = NamedMemory::new(MEMORY_LEN);
-        let file = FileOffset::new(named.file.try_clone().unwrap(), 0);
-        let mapping = MmapRegion::from_file(file, usize::try_from(MEMORY_LEN).unwrap()).unwrap();
-        let region = GuestRegionMmap::new(mapping, GuestAddress(0)).unwrap();
+        let region = map_region(&named.file, &region_of(&named.file, 0, MEMORY_LEN, 0));
         Self { named, map: GuestMemoryMmap::from_regions(vec![region]).unwrap() }
     }
 
@@ -61,36 +60,34 @@ impl DriverMemory {
     }
 }
 
-/// A ring of [`SIZE`] entries at a place of its own for each index.
+/// A ring of [`SIZE`] entries at a place of its own for each index, with its events.
 pub(crate) struct Queue {
     pub(crate) index: u8,
     pub(crate) events: Events,
-    /// Guest-physical.
-    pub(crate) descriptors: u64,
-    pub(crate) available: u64,
-    pub(crate) used: u64,
-    avail_index: u16,
-    used_seen: u16,
+    ring: Ring,
+}
+
+impl Deref for Queue {
+    type Target = Ring;
+
+    fn deref(&self) -> &Ring {
+        &self.ring
+    }
+}
+
+impl DerefMut for Queue {
+    fn deref_mut(&mut self) -> &mut Ring {
+        &mut self.ring
+    }
 }
 
 pub(crate) const SIZE: u16 = 16;
-
-const NEXT: u16 = 1;
-const WRITE: u16 = 2;
 
 impl Queue {
     /// Each part is in a page of its own.
     pub(crate) fn new(index: u8) -> Self {
         let base = 0x1_0000 + u64::from(index) * 0x1_0000;
-        Self {
-            index,
-            events: Events::new(),
-            descriptors: base,
-            available: base + 0x3000,
-            used: base + 0x6000,
-            avail_index: 0,
-            used_seen: 0,
-        }
+        Self { index, events: Events::new(), ring: Ring::new(SIZE, base, base + 0x3000, base + 0x6000) }
     }
 
     /// Addresses as the front-end names them.
@@ -98,9 +95,9 @@ impl Queue {
         VringAddresses {
             index: u32::from(self.index),
             flags: u32::from(log.is_some()),
-            descriptors: USER_BASE + self.descriptors,
+            descriptors: USER_BASE + self.desc,
             used: USER_BASE + self.used,
-            available: USER_BASE + self.available,
+            available: USER_BASE + self.avail,
             log: log.unwrap_or(0),
         }
     }
@@ -119,19 +116,10 @@ impl Queue {
 
     /// Offers a request at `head` and `head + 1`: `len` bytes at `from` are to be copied to `to`.
     pub(crate) fn offer(&mut self, memory: &DriverMemory, head: u16, from: u64, to: u64, len: u32) {
-        let descriptor = |index: u16, address: u64, flags: u16, next: u16| {
-            let place = GuestAddress(self.descriptors + 16 * u64::from(index));
-            memory.map.write_obj(address, place).unwrap();
-            memory.map.write_obj(len, GuestAddress(place.0 + 8)).unwrap();
-            memory.map.write_obj(flags, GuestAddress(place.0 + 12)).unwrap();
-            memory.map.write_obj(next, GuestAddress(place.0 + 14)).unwrap();
-        };
-        descriptor(head, from, NEXT, head + 1);
-        descriptor(head + 1, to, WRITE, 0);
-        let entry = self.available + 4 + 2 * u64::from(self.avail_index % SIZE);
-        memory.map.write_obj(head, GuestAddress(entry)).unwrap();
-        self.avail_index = self.avail_index.wrapping_add(1);
-        memory.map.store(self.avail_index, GuestAddress(self.available + 2), Ordering::Release).unwrap();
+        self.put_desc(&memory.map, head, Desc { address: from, len, flags: NEXT, next: head + 1 });
+        self.put_desc(&memory.map, head + 1, Desc { address: to, len, flags: WRITE, next: 0 });
+        self.ring.offer(&memory.map, head);
+        self.publish(&memory.map);
     }
 
     pub(crate) fn kick(&self) {
@@ -139,25 +127,22 @@ impl Queue {
     }
 
     pub(crate) fn used_index(&self, memory: &DriverMemory) -> u16 {
-        memory.map.load(GuestAddress(self.used + 2), Ordering::Acquire).unwrap()
+        self.ring.used_index(&memory.map)
     }
 
     /// Sets the indices of both rings, as after requests that are long done.
     pub(crate) fn set_indices(&mut self, memory: &DriverMemory, index: u16) {
-        (self.avail_index, self.used_seen) = (index, index);
-        memory.map.write_obj(index, GuestAddress(self.available + 2)).unwrap();
-        memory.map.write_obj(index, GuestAddress(self.used + 2)).unwrap();
+        self.ring.set_indices(&memory.map, index);
     }
 
     /// The next used head; waits for it.
     pub(crate) fn wait_used(&mut self, memory: &DriverMemory) -> (u16, u32) {
-        while self.used_index(memory) == self.used_seen {
+        loop {
+            if let Some(used) = self.take_used(&memory.map) {
+                return used;
+            }
             wait_for(&self.events.call, "call");
         }
-        let entry = self.used + 4 + 8 * u64::from(self.used_seen % SIZE);
-        self.used_seen = self.used_seen.wrapping_add(1);
-        let head: u32 = memory.map.read_obj(GuestAddress(entry)).unwrap();
-        (u16::try_from(head).unwrap(), memory.map.read_obj(GuestAddress(entry + 4)).unwrap())
     }
 
     /// Has `text` copied from one page to another one and looks whether it was.
@@ -180,13 +165,4 @@ pub(crate) fn running() -> (FrontEnd, DriverMemory, Queue) {
     let queue = Queue::new(0);
     queue.start(&mut front_end, 0);
     (front_end, memory, queue)
-}
-
-/// Waits for what no event tells of.
-pub(crate) fn wait_until(what: &str, mut happened: impl FnMut() -> bool) {
-    let deadline = std::time::Instant::now() + crate::front_end::LIMIT;
-    while !happened() {
-        assert!(std::time::Instant::now() < deadline, "{what} did not happen");
-        std::thread::yield_now();
-    }
 }

@@ -8,18 +8,16 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::event::{EventfdFlags, eventfd};
 use tokio::runtime::Runtime;
 use tokio::time::timeout;
 use vvu_back_end::{Connection, Ending, Handle, SessionError};
 use vvu_protocol::features::{Features, ProtocolFeatures};
 use vvu_protocol::message::{FrontEndReply, FrontEndRequest, RawMessage, VringFile, VringState};
 use vvu_socket::MessageSocket;
+use vvu_test_driver::event::{LIMIT, wait_readable};
 
 use crate::echo::Echo;
-
-/// Longest wait for anything. Only a failure takes this long.
-pub(crate) const LIMIT: Duration = Duration::from_secs(30);
 
 /// All that a session offers and a test may need.
 pub(crate) const PROTOCOL: ProtocolFeatures = ProtocolFeatures::MQ
@@ -221,9 +219,7 @@ impl Events {
 
 /// Waits for an event and takes it.
 pub(crate) fn wait_for(event: &OwnedFd, what: &str) {
-    let limit = Timespec { tv_sec: LIMIT.as_secs().cast_signed(), tv_nsec: 0 };
-    let count = poll(&mut [PollFd::new(event, PollFlags::IN)], Some(&limit)).unwrap();
-    assert_eq!(count, 1, "no {what}");
+    wait_readable(event, what);
     rustix::io::read(event.as_fd(), &mut [0; 8]).unwrap();
 }
 

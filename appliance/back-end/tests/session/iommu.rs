@@ -32,8 +32,8 @@ impl Machine {
         let channel = front_end.open_back_channel();
         let queue = Queue::new(0);
         let addresses = VringAddresses {
-            descriptors: RING_IOVA + queue.descriptors,
-            available: RING_IOVA + queue.available,
+            descriptors: RING_IOVA + queue.desc,
+            available: RING_IOVA + queue.avail,
             used: RING_IOVA + queue.used,
             ..queue.addresses(None)
         };
@@ -45,7 +45,7 @@ impl Machine {
     /// With all parts of the ring mapped as soon as they are asked for.
     fn with_ring() -> Self {
         let mut machine = Self::new();
-        for part in [machine.queue.descriptors, machine.queue.available, machine.queue.used] {
+        for part in [machine.queue.desc, machine.queue.avail, machine.queue.used] {
             let miss = machine.miss();
             assert_eq!(miss.iova, RING_IOVA + part);
             machine.map(miss.iova, part, READ | WRITE);
@@ -208,7 +208,7 @@ fn a_ring_lets_go_of_its_own_place_when_that_is_taken_back() {
         }
         machine.front_end.device.release();
         // It is done, and there is no place to say so.
-        let parts = if whole { vec![machine.queue.descriptors, machine.queue.available] } else { vec![] };
+        let parts = if whole { vec![machine.queue.desc, machine.queue.avail] } else { vec![] };
         for part in parts {
             assert_eq!(machine.miss().iova, RING_IOVA + part);
             machine.map(RING_IOVA + part, part, READ | WRITE);
@@ -230,7 +230,7 @@ fn taking_back_a_rings_place_is_answered_when_the_ring_knows() {
     let mut machine = Machine::with_ring();
     machine.map(DATA_IOVA, DATA, READ | WRITE);
     let device = std::sync::Arc::clone(&machine.front_end.device);
-    for (iova, is_ring) in [(DATA_IOVA, false), (RING_IOVA + machine.queue.available + 32, true)] {
+    for (iova, is_ring) in [(DATA_IOVA, false), (RING_IOVA + machine.queue.avail + 32, true)] {
         let gate = device.gate.lock().unwrap();
         let gone = Iotlb { iova, size: 1, user_address: 0, permission: 0, kind: 3 };
         machine.front_end.send(Request::Iotlb(gone), true);
@@ -247,7 +247,7 @@ fn a_reset_forgets_all_mappings() {
     let mut machine = Machine::with_ring();
     machine.front_end.done(Request::ResetDevice);
     machine.front_end.done(Request::SetVringEnable(VringState { index: 0, num: 1 }));
-    assert_eq!(machine.miss().iova, RING_IOVA + machine.queue.descriptors);
+    assert_eq!(machine.miss().iova, RING_IOVA + machine.queue.desc);
 }
 
 #[test]

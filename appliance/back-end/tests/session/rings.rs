@@ -169,7 +169,7 @@ fn cve_2026_45782_a_head_in_flight_comes_no_second_time() {
 #[test]
 fn cve_2016_5403_no_more_requests_than_entries() {
     let (front_end, memory, queue) = running();
-    memory.map.write_obj(17u16, GuestAddress(queue.available + 2)).unwrap();
+    memory.map.write_obj(17u16, GuestAddress(queue.avail + 2)).unwrap();
     queue.kick();
     wait_for(&queue.events.error, "err");
     assert!(front_end.device.faults.lock().unwrap()[0].contains("more than 16 beyond"));

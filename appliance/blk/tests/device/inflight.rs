@@ -130,7 +130,7 @@ fn a_buffer_is_empty_after_a_stop() {
         assert_eq!(content[14..16], base.to_le_bytes(), "used_idx");
         assert!(content[16..].chunks(16).all(|entry| entry[0] == 0), "in flight after a stop");
         front_end.reconnect(&program.socket());
-        front_end.repeat_mem_table();
+        front_end.announce_memory();
         front_end.frontend.set_inflight_fd(&description, file.as_raw_fd()).unwrap();
         // Every other time with rings that begin anew, as after a reset of the driver VM.
         if round % 2 == 1 {

@@ -130,7 +130,7 @@ fn kick_call_and_memory_may_change_while_the_ring_runs() {
                 queue.kick = EventFd::new(0).unwrap();
                 front_end.frontend.set_vring_kick(0, &queue.kick).unwrap();
             }
-            _ => front_end.repeat_mem_table(),
+            _ => front_end.announce_memory(),
         }
     }
     for round in 0..20 {
@@ -157,7 +157,7 @@ fn memory_that_goes_away_breaks_the_ring_and_not_the_process() {
     queue.kick();
     crate::driver::wait_event(&queue.error, "err");
     queue.stop(&front_end);
-    front_end.repeat_mem_table();
+    front_end.announce_memory();
     queue.clear(&front_end.memory);
     queue.start(&mut front_end, 0);
     queue.run_ok(&front_end.memory, &Req::read(0, DATA, 512));

@@ -1,27 +1,30 @@
 //! The program under test.
 
-use std::io::{BufRead, BufReader};
+use std::ops::{Deref, DerefMut};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Condvar, Mutex};
-use std::time::{Duration, Instant};
+use std::process::{Command, Stdio};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-
-/// Longest wait for anything. Only a failure takes this long.
-pub(crate) const LIMIT: Duration = Duration::from_secs(60);
+pub(crate) use vvu_test_driver::event::LIMIT;
+use vvu_test_driver::process::Process;
 
 /// A running `vvu-blk`, ended and cleaned up with the value.
 pub(crate) struct Program {
-    child: Child,
+    process: Process,
     directory: tempfile::TempDir,
-    log: Arc<Log>,
 }
 
-#[derive(Default)]
-struct Log {
-    lines: Mutex<(Vec<String>, bool)>,
-    grown: Condvar,
+impl Deref for Program {
+    type Target = Process;
+
+    fn deref(&self) -> &Process {
+        &self.process
+    }
+}
+
+impl DerefMut for Program {
+    fn deref_mut(&mut self) -> &mut Process {
+        &mut self.process
+    }
 }
 
 impl Program {
@@ -52,89 +55,35 @@ impl Program {
         program
     }
 
-    pub(crate) fn spawn(mut command: Command, directory: tempfile::TempDir) -> Self {
-        let mut child = command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
-        let log = Arc::new(Log::default());
-        let (stderr, writer) = (child.stderr.take().unwrap(), Arc::clone(&log));
-        std::thread::spawn(move || {
-            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
-                eprintln!("[vvu-blk] {line}");
-                writer.lines.lock().unwrap().0.push(line);
-                writer.grown.notify_all();
-            }
-            writer.lines.lock().unwrap().1 = true;
-            writer.grown.notify_all();
-        });
-        Self { child, directory, log }
+    pub(crate) fn spawn(command: Command, directory: tempfile::TempDir) -> Self {
+        Self { process: Process::spawn("vvu-blk", command), directory }
     }
 
     pub(crate) fn socket(&self) -> PathBuf {
         self.directory.path().join("socket")
     }
 
-    /// Waits for a line of the log and returns it.
-    pub(crate) fn wait_for_line(&self, wanted: impl Fn(&str) -> bool) -> String {
-        let deadline = Instant::now() + LIMIT;
-        let mut lines = self.log.lines.lock().unwrap();
-        loop {
-            if let Some(line) = lines.0.iter().find(|line| wanted(line)) {
-                return line.clone();
-            }
-            let left = deadline.saturating_duration_since(Instant::now());
-            assert!(!lines.1 && !left.is_zero(), "the line never came; log: {:#?}", lines.0);
-            lines = self.log.grown.wait_timeout(lines, left).unwrap().0;
-        }
-    }
-
     /// True if it listens, false if it has ended.
     pub(crate) fn listens(&self) -> bool {
-        let deadline = Instant::now() + LIMIT;
-        let mut lines = self.log.lines.lock().unwrap();
-        loop {
-            if lines.0.iter().any(|line| line.contains("listening")) {
-                return true;
-            }
-            let left = deadline.saturating_duration_since(Instant::now());
-            assert!(!left.is_zero(), "neither listens nor ends; log: {:#?}", lines.0);
-            if lines.1 {
-                return false;
-            }
-            lines = self.log.grown.wait_timeout(lines, left).unwrap().0;
-        }
-    }
-
-    /// Lines of the log so far that contain `text`.
-    pub(crate) fn count_lines(&self, text: &str) -> usize {
-        self.log.lines.lock().unwrap().0.iter().filter(|line| line.contains(text)).count()
+        self.wait_for(|lines, more_to_come| {
+            let listens = lines.iter().any(|line| line.contains("listening"));
+            (listens || !more_to_come).then_some(listens)
+        })
     }
 
     /// The counters at this moment, by SIGUSR1.
     pub(crate) fn counters(&self) -> serde_json::Value {
         let before = self.count_lines("counters {");
         self.signal(rustix::process::Signal::USR1);
-        let deadline = Instant::now() + LIMIT;
-        let mut lines = self.log.lines.lock().unwrap();
-        loop {
-            if let Some(line) = lines.0.iter().filter(|line| line.contains("counters {")).nth(before) {
-                return serde_json::from_str(line.split_once("counters ").unwrap().1).unwrap();
-            }
-            let left = deadline.saturating_duration_since(Instant::now());
-            assert!(!lines.1 && !left.is_zero(), "no counters came");
-            lines = self.log.grown.wait_timeout(lines, left).unwrap().0;
-        }
+        self.wait_for(|lines, _more_to_come| {
+            let line = lines.iter().filter(|line| line.contains("counters {")).nth(before)?;
+            Some(serde_json::from_str(line.split_once("counters ").unwrap().1).unwrap())
+        })
     }
 
     /// One counter, summed up over the queues.
     pub(crate) fn counter(&self, name: &str) -> u64 {
         self.counters()["total"][name].as_u64().unwrap_or_else(|| panic!("there is no counter {name}"))
-    }
-
-    pub(crate) fn signal(&self, signal: rustix::process::Signal) {
-        rustix::process::kill_process(rustix::process::Pid::from_child(&self.child), signal).unwrap();
-    }
-
-    pub(crate) fn id(&self) -> u32 {
-        self.child.id()
     }
 
     /// Where the program has mapped what lies at `offset` of a file.
@@ -150,37 +99,6 @@ impl Program {
             inside.then(|| usize::try_from(start + offset - mapped).unwrap())
         });
         places.next_back().unwrap()
-    }
-
-    pub(crate) fn is_alive(&mut self) -> bool {
-        self.child.try_wait().unwrap().is_none()
-    }
-
-    /// Number of descriptors that the program has open.
-    pub(crate) fn open_descriptors(&self) -> usize {
-        std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
-    }
-
-    /// Number of mappings that the program has.
-    pub(crate) fn mappings(&self) -> usize {
-        std::fs::read_to_string(format!("/proc/{}/maps", self.child.id())).unwrap().lines().count()
-    }
-
-    pub(crate) fn wait(&mut self) -> ExitStatus {
-        let process = rustix::process::Pid::from_child(&self.child);
-        let ended = rustix::process::pidfd_open(process, rustix::process::PidfdFlags::empty()).unwrap();
-        let limit = Timespec { tv_sec: LIMIT.as_secs().cast_signed(), tv_nsec: 0 };
-        let count = poll(&mut [PollFd::new(&ended, PollFlags::IN)], Some(&limit)).unwrap();
-        assert_eq!(count, 1, "the program does not end");
-        self.child.wait().unwrap()
-    }
-}
-
-impl Drop for Program {
-    fn drop(&mut self) {
-        // It may have ended already, as some tests want it to.
-        let _gone = self.child.kill();
-        let _status = self.child.wait();
     }
 }
 

@@ -98,7 +98,7 @@ fn repeated_slots_leave_nothing_behind() {
         assert!(round < 2 || now == before, "descriptors and mappings: {before:?}, then {now:?} in round {round}");
         front_end.frontend.remove_mem_region(&region).unwrap();
         if round % 20 == 0 {
-            front_end.repeat_mem_table();
+            front_end.announce_memory();
         }
     }
     queue.run_ok(&front_end.memory, &Req::read(0, DATA, 4096));

@@ -107,7 +107,7 @@ fn blocks_larger_than_a_sector_are_read_modified_and_written() {
         }
         queue.publish(&front_end.memory);
     }
-    queues.iter().for_each(crate::driver::Queue::kick);
+    queues.iter().for_each(|queue| queue.kick());
     for queue in &mut queues {
         for _ in 0..40 {
             let (head, _) = queue.wait_used(&front_end.memory);

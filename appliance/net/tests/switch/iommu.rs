@@ -114,7 +114,7 @@ fn a_front_end_that_has_no_mapping_breaks_the_ring() {
     let features = DATA_ONLY | ACCESS_PLATFORM;
     let mut machine = Machine::connect_for(&program, 0, features, VhostUserProtocolFeatures::BACKEND_REQ);
     let mut translator = Translator::new(&mut machine);
-    let mut rx = receive_queue(&mut machine);
+    let rx = receive_queue(&mut machine);
     let memory = &machine.memory;
     memory.write_obj(0xdead_0000_0000u64, GuestAddress(rx.desc)).unwrap();
     rx.announce(&mut machine, 0);

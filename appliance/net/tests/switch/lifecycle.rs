@@ -112,7 +112,7 @@ fn a_program_that_is_killed_loses_what_is_in_flight_and_nothing_else() {
         tx.kick();
         program.kill_and_restart();
         for (port, machine) in [&mut left, &mut right].into_iter().enumerate() {
-            machine.reconnect(&program, port, protocol);
+            machine.reconnect(&program, port);
             machine.announce_memory();
             let (description, file) = &buffers[port];
             machine.frontend.set_inflight_fd(description, file.as_raw_fd()).unwrap();
@@ -202,7 +202,7 @@ fn a_driver_gets_everything_from_a_program_that_was_not_told_what_it_wants() {
     }
 
     program.kill_and_restart();
-    right.reconnect(&program, 1, VhostUserProtocolFeatures::empty());
+    right.reconnect(&program, 1);
     right.announce_memory();
     for queue in queues.iter_mut().chain([&mut control]) {
         let base = queue.used_index(&right.memory);

@@ -1,31 +1,37 @@
 //! The program under test.
 
 use std::io::{BufRead, BufReader, Write};
+use std::ops::{Deref, DerefMut};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Condvar, Mutex};
-use std::time::{Duration, Instant};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::Instant;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::Value;
-
-/// Longest wait for anything. Only a failure takes this long.
-pub(crate) const LIMIT: Duration = Duration::from_secs(60);
+pub(crate) use vvu_test_driver::event::LIMIT;
+use vvu_test_driver::process::Process;
 
 /// A running `vvu-net`, ended and cleaned up with the value.
 pub(crate) struct Program {
-    child: Child,
+    process: Process,
     directory: Arc<tempfile::TempDir>,
     settings: Vec<String>,
     arguments: Vec<String>,
-    log: Arc<Log>,
 }
 
-#[derive(Default)]
-struct Log {
-    lines: Mutex<(Vec<String>, bool)>,
-    grown: Condvar,
+impl Deref for Program {
+    type Target = Process;
+
+    fn deref(&self) -> &Process {
+        &self.process
+    }
+}
+
+impl DerefMut for Program {
+    fn deref_mut(&mut self) -> &mut Process {
+        &mut self.process
+    }
 }
 
 impl Program {
@@ -49,27 +55,14 @@ impl Program {
         }
         command.arg("--control").arg(directory.path().join("control")).args(&arguments);
         command.env("RUST_LOG", "vvu_net=debug,vvu_back_end=debug").stdin(Stdio::null());
-        let mut child = command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
-        let log = Arc::new(Log::default());
-        let (stderr, writer) = (child.stderr.take().unwrap(), Arc::clone(&log));
-        std::thread::spawn(move || {
-            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
-                eprintln!("[vvu-net] {line}");
-                writer.lines.lock().unwrap().0.push(line);
-                writer.grown.notify_all();
-            }
-            writer.lines.lock().unwrap().1 = true;
-            writer.grown.notify_all();
-        });
-        let program = Self { child, directory, settings, arguments, log };
-        program.wait_for_line(|line| line.contains("listening"));
-        program
+        let process = Process::spawn("vvu-net", command);
+        process.wait_for_line(|line| line.contains("listening"));
+        Self { process, directory, settings, arguments }
     }
 
     /// Kills the program, and starts it anew at the same sockets.
     pub(crate) fn kill_and_restart(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
+        self.process.kill();
         let (settings, arguments) = (self.settings.clone(), self.arguments.clone());
         *self = Self::start_in(Arc::clone(&self.directory), settings, arguments);
     }
@@ -108,50 +101,6 @@ impl Program {
             assert!(Instant::now() < deadline && now < value, "{name} of port {port} is {now}, expected {value}");
             std::thread::yield_now();
         }
-    }
-
-    /// Waits for a line of the log and returns it.
-    pub(crate) fn wait_for_line(&self, wanted: impl Fn(&str) -> bool) -> String {
-        let deadline = Instant::now() + LIMIT;
-        let mut lines = self.log.lines.lock().unwrap();
-        loop {
-            if let Some(line) = lines.0.iter().find(|line| wanted(line)) {
-                return line.clone();
-            }
-            let left = deadline.saturating_duration_since(Instant::now());
-            assert!(!lines.1 && !left.is_zero(), "the line never came; log: {:#?}", lines.0);
-            lines = self.log.grown.wait_timeout(lines, left).unwrap().0;
-        }
-    }
-
-    pub(crate) fn signal(&self, signal: rustix::process::Signal) {
-        rustix::process::kill_process(rustix::process::Pid::from_child(&self.child), signal).unwrap();
-    }
-
-    pub(crate) fn is_alive(&mut self) -> bool {
-        self.child.try_wait().unwrap().is_none()
-    }
-
-    /// Number of descriptors that the program has open.
-    pub(crate) fn open_descriptors(&self) -> usize {
-        std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
-    }
-
-    pub(crate) fn wait(&mut self) -> ExitStatus {
-        let process = rustix::process::Pid::from_child(&self.child);
-        let ended = rustix::process::pidfd_open(process, rustix::process::PidfdFlags::empty()).unwrap();
-        let limit = Timespec { tv_sec: LIMIT.as_secs().cast_signed(), tv_nsec: 0 };
-        let count = poll(&mut [PollFd::new(&ended, PollFlags::IN)], Some(&limit)).unwrap();
-        assert_eq!(count, 1, "the program does not end");
-        self.child.wait().unwrap()
-    }
-}
-
-impl Drop for Program {
-    fn drop(&mut self) {
-        // It may have ended already, as some tests want it to.
-        let _gone = self.child.kill();
-        let _status = self.child.wait();
     }
 }
 

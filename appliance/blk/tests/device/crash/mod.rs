@@ -43,7 +43,7 @@ fn set_up(driver: &mut Driver, buffer: &Buffer, give_up: u64) -> bool {
     if give_up == 0 {
         return false;
     }
-    front_end.repeat_mem_table();
+    front_end.announce_memory();
     if give_up == 1 {
         return false;
     }
