@@ -14,7 +14,7 @@
 //!   (descriptors)
 //! - memory: `memory` (the table), `view` (what a ring sees of it), `place`, `iommu` with [`iotlb`]
 //! - shared with the front-end: [`inflight`], [`dirty_log`], on `shared_mapping` (unsafe)
-//! - the program around it: [`listener`], [`signals`] and [`lost_memory`] (both unsafe), `descriptors` (unsafe)
+//! - the program around it: [`program`], [`listener`], [`signals`] and [`lost_memory`] (both unsafe), `descriptors` (unsafe)
 //! - for operators: [`rate_limit`] (pure), [`control_channel`]
 //! - [`wakeup`], [`log_limit`], [`in_one_line()`]
 
@@ -33,6 +33,7 @@ pub mod lost_memory;
 mod memory;
 mod notices;
 mod place;
+pub mod program;
 pub mod rate_limit;
 mod ring;
 mod ring_error;

@@ -1,10 +1,11 @@
 //! A disk of several files, and what can be asked of it.
+//!
+//! An image that is made to lead the format's driver into a panic ends the program, and nothing else.
 
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use imago::file::File;
@@ -82,8 +83,6 @@ pub(crate) struct Qcow2Disk {
     shape: DiskShape,
     /// Requests share it; what moves data within the image, or frees some, has it alone.
     state: RwLock<State>,
-    /// The format's driver has failed in a way that it should not: nothing is believed any more.
-    failed: AtomicBool,
     /// Requests that have changed tables.
     changes: AtomicU64,
     /// Those of them, the first ones, whose tables are in the file.
@@ -160,7 +159,6 @@ impl Qcow2Disk {
             layers,
             shape,
             state: RwLock::default(),
-            failed: AtomicBool::new(false),
             changes: AtomicU64::new(0),
             written_changes: Mutex::default(),
         })
@@ -174,8 +172,8 @@ impl Qcow2Disk {
     pub(crate) fn enter(&self) -> InUse<'_> {
         let mut state = self.lock();
         state.users += 1;
-        if state.users == 1 && !self.failed.load(Ordering::Relaxed) {
-            match self.contain(|| self.open()) {
+        if state.users == 1 {
+            match self.open() {
                 Ok(access) => state.access = Some(access),
                 Err(error) => tracing::error!(error = in_one_line(&error), "image cannot be used"),
             }
@@ -190,16 +188,8 @@ impl Qcow2Disk {
             return;
         }
         let Some(access) = state.access.take() else { return };
-        if self.failed.load(Ordering::Relaxed) {
-            // Whatever it would still write might be wrong.
-            std::mem::forget(access);
-            return;
-        }
-        let closed = self.contain(move || {
-            let flushed = access.flush();
-            drop(access);
-            flushed
-        });
+        let closed = access.flush();
+        drop(access);
         if let Err(error) = closed {
             tracing::error!(error = in_one_line(&error), "image was not closed in order; check it with qemu-img check");
         }
@@ -233,46 +223,44 @@ impl Qcow2Disk {
     /// Carries a request out. `buffer` is for what cannot be done in place. What is done then is in the files, tables and all:
     /// the driver does not notice when this process ends, and would miss it.
     pub(crate) fn carry_out(&self, job: &Job, buffer: &mut Option<AlignedBuffer>) -> io::Result<Moved> {
-        self.contain(|| {
-            let mut changes_tables = true;
-            let moved = match &job.operation {
-                Operation::Read(range) => return transfer::read(self.access()?.get()?, job, *range, buffer),
-                Operation::Write(range) => {
-                    let guard = self.access()?;
-                    let access = guard.get()?;
-                    changes_tables = !transfer::has_its_place(access, *range)?;
-                    transfer::write(access, job, *range, buffer)?
-                }
-                Operation::Flush => Moved::Nothing,
-                Operation::Discard(ranges) => {
-                    ranges.iter().try_for_each(|range| self.alone()?.get()?.discard_to_any(range.offset, range.len))?;
-                    Moved::Nothing
-                }
-                Operation::WriteZeroes(ranges) => {
-                    ranges.iter().try_for_each(|range| self.write_zeroes(*range, buffer))?;
-                    Moved::Nothing
-                }
-            };
-            if changes_tables {
-                self.write_tables()?;
+        let mut changes_tables = true;
+        let moved = match &job.operation {
+            Operation::Read(range) => return transfer::read(self.access().get()?, job, *range, buffer),
+            Operation::Write(range) => {
+                let guard = self.access();
+                let access = guard.get()?;
+                changes_tables = !transfer::has_its_place(access, *range)?;
+                transfer::write(access, job, *range, buffer)?
             }
-            if job.durable || matches!(job.operation, Operation::Flush) {
-                self.sync()?;
+            Operation::Flush => Moved::Nothing,
+            Operation::Discard(ranges) => {
+                ranges.iter().try_for_each(|range| self.alone().get()?.discard_to_any(range.offset, range.len))?;
+                Moved::Nothing
             }
-            Ok(moved)
-        })
+            Operation::WriteZeroes(ranges) => {
+                ranges.iter().try_for_each(|range| self.write_zeroes(*range, buffer))?;
+                Moved::Nothing
+            }
+        };
+        if changes_tables {
+            self.write_tables()?;
+        }
+        if job.durable || matches!(job.operation, Operation::Flush) {
+            self.sync()?;
+        }
+        Ok(moved)
     }
 
     fn write_zeroes(&self, range: ByteRange, buffer: &mut Option<AlignedBuffer>) -> io::Result<()> {
         let zeroed = if range.unmap {
-            self.alone()?.get()?.discard_to_zero(range.offset, range.len)
+            self.alone().get()?.discard_to_zero(range.offset, range.len)
         } else {
-            self.access()?.get()?.write_zeroes(range.offset, range.len)
+            self.access().get()?.write_zeroes(range.offset, range.len)
         };
         match zeroed {
             // Version 2 has no notion of zeroes.
             Err(error) if error.kind() == io::ErrorKind::Unsupported => {
-                transfer::write_zeroes(self.access()?.get()?, range, buffer)
+                transfer::write_zeroes(self.access().get()?, range, buffer)
             }
             zeroed => zeroed,
         }
@@ -287,7 +275,7 @@ impl Qcow2Disk {
         }
         // Whoever has counted has changed its tables before.
         let all = self.changes.load(Ordering::Acquire);
-        self.access()?.get()?.flush()?;
+        self.access().get()?.flush()?;
         *written = all;
         Ok(())
     }
@@ -298,31 +286,15 @@ impl Qcow2Disk {
         if !image.can_flush() {
             return Err(io::Error::other("an earlier flush failed and data was lost"));
         }
-        self.access()?.get()?.sync().inspect_err(|_| image.note_failed_flush())
+        self.access().get()?.sync().inspect_err(|_| image.note_failed_flush())
     }
 
-    /// Runs what calls the format's driver. If that panics, for an image that is made to have it do so, this disk is done
-    /// with and the process goes on.
-    fn contain<T>(&self, call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-        catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|_panic| {
-            self.failed.store(true, Ordering::Relaxed);
-            tracing::error!("the image has led the format's driver into a failure; it is served no more");
-            Err(io::Error::other("the format's driver has failed"))
-        })
+    fn access(&self) -> Shared<'_> {
+        Shared(self.state.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn access(&self) -> io::Result<Shared<'_>> {
-        self.check()?;
-        Ok(Shared(self.state.read().unwrap_or_else(PoisonError::into_inner)))
-    }
-
-    fn alone(&self) -> io::Result<Alone<'_>> {
-        self.check()?;
-        Ok(Alone(self.lock()))
-    }
-
-    fn check(&self) -> io::Result<()> {
-        if self.failed.load(Ordering::Relaxed) { Err(io::Error::other("the image has failed before")) } else { Ok(()) }
+    fn alone(&self) -> Alone<'_> {
+        Alone(self.lock())
     }
 
     fn lock(&self) -> RwLockWriteGuard<'_, State> {
@@ -420,32 +392,4 @@ fn read_all(file: &std::fs::File, buffer: &mut [u8], offset: u64) -> io::Result<
         }
     }
     Ok(done)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_failure_of_the_formats_driver_is_the_end_of_the_disk_and_not_of_the_process() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        let fields: [(u64, &[u8]); 6] = [
-            (0, b"QFI\xfb"),
-            (4, &2u32.to_be_bytes()),
-            (20, &16u32.to_be_bytes()),
-            (24, &(1u64 << 20).to_be_bytes()),
-            (48, &(1u64 << 16).to_be_bytes()),
-            (56, &1u32.to_be_bytes()),
-        ];
-        file.as_file().set_len(1 << 18).unwrap();
-        fields.iter().for_each(|(offset, field)| file.as_file().write_all_at(field, *offset).unwrap());
-        let image = Arc::new(Image::open(file.path(), false, None).unwrap());
-        let disk = Qcow2Disk::new(vec![Layer { format: Format::Qcow2, image }], true).unwrap();
-        assert_eq!(disk.shape().capacity_sectors, 2048);
-        let _in_use = disk.enter();
-        disk.access().unwrap().get().unwrap();
-        disk.contain::<()>(|| panic!("a test of what happens then")).unwrap_err();
-        assert!(disk.access().is_err(), "nothing is believed any more");
-        drop(disk.enter());
-    }
 }
