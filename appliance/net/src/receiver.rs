@@ -243,8 +243,9 @@ impl Receiver {
     /// The driver has ever given the ring a buffer. If not, it kicks when it does.
     fn is_supplied(&self) -> bool {
         let mut guard = self.lock();
-        // What is wrong with the ring shows when it is used.
-        guard.as_mut().is_some_and(|open| open.ring.next_avail() != 0 || matches!(open.ring.listen(), Ok(true)))
+        let Some(Open { ring, .. }) = guard.as_mut() else { return false };
+        // What is wrong with the ring shows when it is used; what it waits for fires the wakeup.
+        ring.next_avail() != 0 || ring.place().is_ok() && matches!(ring.listen(), Ok(true))
     }
 
     /// Who waits is to look again.

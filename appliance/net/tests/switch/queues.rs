@@ -30,6 +30,45 @@ fn connections_are_spread_over_the_queues_in_service() {
     assert!(hits.iter().all(|hits| *hits > 5), "{hits:?}");
 }
 
+#[test]
+fn queues_without_buffers_are_left_alone_until_they_have_some() {
+    let program = Program::start(&["", "queues=4"], &[]);
+    let mut left = Machine::connect(&program, 0, DATA_ONLY);
+    let mut right = Machine::connect(&program, 1, DATA_ONLY);
+    let (_, mut tx) = left.pair(0, 0, 0);
+    let mut queues: Vec<_> = (0..4).map(|pair| right.pair(pair, if pair < 2 { 32 } else { 0 }, 2000).0).collect();
+    let mut used = |right: &Machine, queues: &mut Vec<Queue>| {
+        let mut hits = [0; 4];
+        for port in 0..60 {
+            tx.send(&left, &header(0, 0, 34, 6), &udp(mac(1), mac(0), port, &[1]));
+            for (hits, queue) in hits.iter_mut().zip(queues.iter_mut()) {
+                if let Some(received) = queue.try_receive(right) {
+                    queue.recycle(right, &received);
+                    *hits += 1;
+                }
+            }
+        }
+        assert_eq!(hits.iter().sum::<u32>(), 60);
+        hits.map(|hits| hits > 0)
+    };
+    assert_eq!(used(&right, &mut queues), [true, true, false, false]);
+    // Rings have to be found again when memory is another.
+    right.announce_memory();
+    for (pair, expected) in [(3, [true, true, false, true]), (2, [true; 4])] {
+        for head in 0..32 {
+            queues[pair].offer_buffer(&right.memory, head, 2000);
+        }
+        queues[pair].publish(&right.memory);
+        queues[pair].kick();
+        crate::driver::wait_until("use of a queue", || used(&right, &mut queues) == expected);
+    }
+    // They are left out while they are stopped, and stay known.
+    let base = queues[3].stop(&right);
+    assert_eq!(used(&right, &mut queues), [true, true, true, false]);
+    queues[3].start(&mut right, base);
+    crate::driver::wait_until("use of a queue", || used(&right, &mut queues) == [true; 4]);
+}
+
 /// A machine with all queues of a port of four pairs, and its control queue.
 fn with_control(program: &Program, port: usize, features: u64) -> (Machine, Vec<(Queue, Queue)>, Queue) {
     let mut machine = Machine::connect(program, port, features);
