@@ -6,45 +6,68 @@
 use std::path::{Path, PathBuf};
 use std::{fmt, fs};
 
-use vvu_setup::{Extra, SetupError};
+use vvu_setup::{Extra, RegistryProgram, SetupError};
 
 use crate::error::{ImageError, at};
 use crate::initramfs::Initramfs;
 use crate::manifest::FileRecord;
 use crate::programs::add_program;
 
-/// Back-ends of Debian's packages that are known to run in the appliance.
+/// Back-ends of Debian's packages, or of the crate registry, that are known to run in the appliance.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Overlay {
     /// QEMU's block layer without a QEMU: `/usr/bin/qemu-storage-daemon`.
     QemuStorageDaemon,
     /// The file system device: `/usr/libexec/virtiofsd`.
     Virtiofsd,
+    /// DPDK's program that forwards packets: `/usr/bin/dpdk-testpmd`.
+    DpdkTestpmd,
+    /// The device of virtio's own sockets: `/usr/bin/vhost-device-vsock`.
+    VhostDeviceVsock,
+    /// A source of random bytes: `/bin/vhost-device-rng`.
+    VhostDeviceRng,
 }
 
 impl Overlay {
-    /// All of them.
-    pub const ALL: [Self; 2] = [Self::QemuStorageDaemon, Self::Virtiofsd];
-
     /// The program's path in the appliance.
     #[must_use]
     pub const fn program(self) -> &'static str {
         match self {
             Self::QemuStorageDaemon => "/usr/bin/qemu-storage-daemon",
             Self::Virtiofsd => "/usr/libexec/virtiofsd",
+            Self::DpdkTestpmd => "/usr/bin/dpdk-testpmd",
+            Self::VhostDeviceVsock => "/usr/bin/vhost-device-vsock",
+            Self::VhostDeviceRng => "/bin/vhost-device-rng",
         }
     }
 
-    /// The root directory that its packages are unpacked in, fetched now if it is not there.
+    /// The paths of the program and of the libraries that it asks for by name while it runs.
+    #[must_use]
+    pub fn files(self) -> Vec<&'static str> {
+        let libraries: &[_] = match self {
+            // The device, the default kind of packet pool, and what pthread_cancel(3) needs.
+            Self::DpdkTestpmd => &[
+                "/usr/lib/x86_64-linux-gnu/librte_net_vhost.so.25",
+                "/usr/lib/x86_64-linux-gnu/librte_mempool_ring.so.25",
+                "/usr/lib/x86_64-linux-gnu/libgcc_s.so.1",
+            ],
+            Self::QemuStorageDaemon | Self::Virtiofsd | Self::VhostDeviceVsock | Self::VhostDeviceRng => &[],
+        };
+        [&[self.program()], libraries].concat()
+    }
+
+    /// The root directory that has the program: packages that are fetched, or a program that is built, now if it is not there.
     ///
     /// # Errors
     /// Any [`SetupError`].
     pub fn root(self) -> Result<PathBuf, SetupError> {
         match self {
-            Self::QemuStorageDaemon => Extra::StorageDaemon,
-            Self::Virtiofsd => Extra::Virtiofsd,
+            Self::QemuStorageDaemon => Extra::StorageDaemon.root(),
+            Self::Virtiofsd => Extra::Virtiofsd.root(),
+            Self::DpdkTestpmd => Extra::Dpdk.root(),
+            Self::VhostDeviceVsock => Extra::VhostDeviceVsock.root(),
+            Self::VhostDeviceRng => RegistryProgram::VhostDeviceRng.root(),
         }
-        .root()
     }
 }
 
@@ -53,6 +76,9 @@ impl fmt::Display for Overlay {
         f.write_str(match self {
             Self::QemuStorageDaemon => "qemu-storage-daemon",
             Self::Virtiofsd => "virtiofsd",
+            Self::DpdkTestpmd => "dpdk-testpmd",
+            Self::VhostDeviceVsock => "vhost-device-vsock",
+            Self::VhostDeviceRng => "vhost-device-rng",
         })
     }
 }

@@ -21,6 +21,12 @@ pub enum Extra {
     Network,
     /// `usr/bin/passt`, a network back-end on the host.
     Passt,
+    /// `usr/bin/dpdk-testpmd` and DPDK's drivers.
+    Dpdk,
+    /// `usr/bin/vhost-device-vsock`, of the release that comes next.
+    VhostDeviceVsock,
+    /// `usr/bin/socat`, which knows sockets of virtio's own address family, too.
+    Socat,
 }
 
 impl Extra {
@@ -52,6 +58,9 @@ impl Extra {
             Self::Virtiofsd => &["virtiofsd"],
             Self::Network => &["iperf3", "ethtool"],
             Self::Passt => &["passt"],
+            Self::Dpdk => &["dpdk-testpmd"],
+            Self::VhostDeviceVsock => &["vhost-device-vsock"],
+            Self::Socat => &["socat"],
         }
     }
 
@@ -61,6 +70,9 @@ impl Extra {
             Self::Virtiofsd => Step::extra("virtiofsd", "virtiofsd", &["virtiofsd"]),
             Self::Network => Step::extra("network", "network programs of the driver VM", &["ethtool", "iperf3"]),
             Self::Passt => Step::extra("passt", "passt", &["passt"]),
+            Self::Dpdk => Step::extra("dpdk", "DPDK", &["dpdk-dev", "librte-net-vhost25"]),
+            Self::VhostDeviceVsock => Step::next_release("vsock", "vhost-device-vsock", &["vhost-device-vsock"]),
+            Self::Socat => Step::extra("socat", "socat", &["socat"]),
         }
     }
 }
@@ -75,7 +87,9 @@ mod tests {
         assert_eq!(name(Extra::StorageDaemon), Step::qemu().directory_name());
         assert!(name(Extra::Virtiofsd).starts_with("virtiofsd-"));
         // An older recipe of a step is removed by its name, so no two steps share one.
-        let names = [Extra::Virtiofsd, Extra::Network, Extra::Passt].map(|extra| extra.step().name);
+        let extras =
+            [Extra::Virtiofsd, Extra::Network, Extra::Passt, Extra::Dpdk, Extra::VhostDeviceVsock, Extra::Socat];
+        let names = extras.map(|extra| extra.step().name);
         let others = [Step::kernel(), Step::qemu(), Step::driver(), Step::qemu_distribution("x")].map(|step| step.name);
         assert!(names.iter().all(|name| !others.contains(name)));
     }

@@ -3,7 +3,8 @@
 //! the programs of the driver VM's root.
 //!
 //! Used by `cargo xtask setup`, which calls [`run`], and by everything that starts a machine
-//! (`guest-image`, `tests`), which reads the result with [`Setup::load`]; what few need, they ask for with [`Extra::root`].
+//! (`guest-image`, `tests`), which reads the result with [`Setup::load`]; what few need, they ask for with [`Extra::root`] and
+//! [`RegistryProgram::root`].
 //!
 //! It never installs anything on the host's system, never needs root, never checks a signature itself
 //! (apt does) and never names a mirror (the machine's own apt configuration does).
@@ -22,6 +23,7 @@ mod extra;
 mod kernel;
 mod qemu;
 mod record;
+mod registry;
 mod root;
 mod run;
 mod sources;
@@ -30,4 +32,5 @@ mod step;
 pub use error::SetupError;
 pub use extra::Extra;
 pub use record::{Setup, cache_root};
+pub use registry::RegistryProgram;
 pub use run::{SetupOptions, run};

@@ -8,6 +8,9 @@ use crate::apt::Selection;
 const APPLIANCE_SUITE: &str = "trixie";
 const APPLIANCE_BACKPORTS: &str = "trixie-backports";
 
+/// The release after that one.
+const NEXT_SUITE: &str = "forky";
+
 /// Counts changes in how roots are unpacked that their packages do not show.
 const LAYOUT: u32 = 2;
 
@@ -66,6 +69,11 @@ impl Step {
     /// Packages of the stable release that only those who ask for them need.
     pub(crate) fn extra(name: &'static str, what: &'static str, packages: &[&str]) -> Self {
         Self::packages(name, what, appliance_suites(), APPLIANCE_SUITE, packages)
+    }
+
+    /// Packages that only the next release has, with its libraries.
+    pub(crate) fn next_release(name: &'static str, what: &'static str, packages: &[&str]) -> Self {
+        Self::packages(name, what, vec![NEXT_SUITE.into()], NEXT_SUITE, packages)
     }
 
     fn packages(name: &'static str, what: &'static str, suites: Vec<String>, target: &str, names: &[&str]) -> Self {

@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result, ensure};
 use vvu_guest_image::{DriverExtras, build_driver_image, static_program};
-use vvu_setup::{Extra, Setup};
+use vvu_setup::{Extra, RegistryProgram, Setup};
 
 use crate::testbed::target_dir;
 
@@ -20,6 +20,10 @@ pub enum DriverImage {
     Disk,
     /// What all have, `vvu-station`, `iperf3`, `ethtool` and the drivers of network cards and VLANs.
     Network,
+    /// What all have, and test suites for file systems: `fsx` and `pjdfstest`.
+    FileSystem,
+    /// What all have, `socat` and the drivers of sources of random bytes and of virtio's own sockets.
+    Peripherals,
 }
 
 impl DriverImage {
@@ -40,6 +44,8 @@ impl DriverImage {
         match self {
             Self::Disk => "driver.initrd",
             Self::Network => "driver-network.initrd",
+            Self::FileSystem => "driver-file-system.initrd",
+            Self::Peripherals => "driver-peripherals.initrd",
         }
     }
 
@@ -57,6 +63,17 @@ impl DriverImage {
                 let extras = DriverExtras { own: &own, programs: &programs, modules: &modules };
                 build_driver_image(setup, DRIVER_INIT, &extras, out)?;
             }
+            Self::FileSystem => {
+                let own = [registry_program(RegistryProgram::Fsx)?, registry_program(RegistryProgram::Pjdfstest)?];
+                let extras = DriverExtras { own: &own, ..DriverExtras::default() };
+                build_driver_image(setup, DRIVER_INIT, &extras, out)?;
+            }
+            Self::Peripherals => {
+                let programs = [(Extra::Socat.root()?, "socat")];
+                let modules = ["virtio_rng", "vmw_vsock_virtio_transport"];
+                let extras = DriverExtras { programs: &programs, modules: &modules, ..DriverExtras::default() };
+                build_driver_image(setup, DRIVER_INIT, &extras, out)?;
+            }
         }
         Ok(())
     }
@@ -68,6 +85,11 @@ impl DriverImage {
 /// If it is not built.
 pub fn station() -> Result<PathBuf> {
     own_program("vvu-station")
+}
+
+/// A static program of the crate registry, which is built when it is first asked for.
+fn registry_program(program: RegistryProgram) -> Result<PathBuf> {
+    Ok(program.root()?.join("bin").join(program.name()))
 }
 
 /// A static program of ours.

@@ -27,7 +27,7 @@ mod devices;
 mod migration;
 mod plan;
 
-pub use devices::{Network, SharedFolder};
+pub use devices::{Network, Peripheral, SharedFolder};
 pub use migration::Migration;
 pub use plan::{DISK_PORT, Disk, DriverVmPlan, Incoming, MEMORY_PORT, PLUGGED_MEMORY_NODE, kvm_is_usable};
 

@@ -1,14 +1,15 @@
 //! Back-ends that others wrote, as their packages have them, behind `vvu run exec`.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use vvu_guest_image::{Overlay, build_overlay};
-use vvu_tests::driver_vm::{Disk, DriverVmPlan, SharedFolder};
+use vvu_tests::driver_vm::{Disk, DriverVm, DriverVmPlan, Network, Peripheral, SharedFolder};
 use vvu_tests::files::Files;
 use vvu_tests::image_file::create;
 use vvu_tests::process::output_of;
@@ -17,19 +18,28 @@ use vvu_tests::vvu_run::VvuRun;
 
 const MIB: u64 = 1 << 20;
 
+/// How long a file system's suite may take.
+const SUITE_PATIENCE: Duration = Duration::from_secs(400);
+
+/// Random file operations that are checked.
+const FILE_OPERATIONS: u32 = 2000;
+
+/// Bytes that go through a socket of virtio's own and back.
+const ECHOED: usize = 1 << 20;
+
 /// How long a program may take to answer over a channel.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(60);
 
 /// Makes the overlay of a back-end; it goes away with the testbed.
 fn overlay(testbed: &Testbed, overlay: Overlay) -> Result<PathBuf> {
-    let directory = testbed.socket("overlay");
+    let directory = testbed.socket(&format!("{overlay}.overlay"));
     let root = overlay.root().with_context(|| format!("no packages of {overlay}"))?;
-    build_overlay(&root, &[overlay.program()], &directory).with_context(|| format!("no overlay of {overlay}"))?;
+    build_overlay(&root, &overlay.files(), &directory).with_context(|| format!("no overlay of {overlay}"))?;
     Ok(directory)
 }
 
 /// Asks QEMU's monitor behind a channel one question.
-fn ask_monitor(socket: &std::path::Path, question: &str) -> Result<serde_json::Value> {
+fn ask_monitor(socket: &Path, question: &str) -> Result<serde_json::Value> {
     let stream = UnixStream::connect(socket).with_context(|| format!("cannot reach {}", socket.display()))?;
     stream.set_read_timeout(Some(ANSWER_PATIENCE))?;
     let (mut to, mut from) = (stream.try_clone()?, BufReader::new(stream));
@@ -111,7 +121,7 @@ fn qemu_storage_daemon_serves_qcow2_with_a_backing_file() -> Result<()> {
 #[test]
 fn virtiofsd_shares_a_file_system_of_the_appliance() -> Result<()> {
     machine_test("virtiofsd_shares_a_file_system_of_the_appliance", |testbed| {
-        let program = [Overlay::Virtiofsd.program(), "--socket-path={socket}", "--shared-dir=/tmp", "--sandbox=none"];
+        let program = [Overlay::Virtiofsd.program(), "--socket-path={socket}", "--shared-dir=.", "--sandbox=none"];
         let options = [
             format!("--overlay={}", overlay(testbed, Overlay::Virtiofsd)?.display()),
             // What is shared is in the appliance's memory.
@@ -136,7 +146,138 @@ fn virtiofsd_shares_a_file_system_of_the_appliance() -> Result<()> {
         vm.reboot()?;
         vm.run("mount -t virtiofs vvu /mnt")?;
         ensure!(vm.run(look)? == seen, "after a reboot the files differ");
-        vm.run("rm -r /mnt/a && umount /mnt")?;
+        vm.run("rm -r /mnt/a")?;
+        let fsx = format!("fsx -q -N {FILE_OPERATIONS} -S 7 -P /tmp /mnt/fsx");
+        vm.run_within(SUITE_PATIENCE, &fsx).context("the file system loses data")?;
+        check_posix_rules(&mut vm, "/mnt")?;
+        vm.run("umount /mnt")?;
+        vm.power_off()?;
+        run.stop().map(drop)
+    })
+}
+
+/// Runs the POSIX suite, of which all must hold but what is about device nodes: nobody in the appliance may make one.
+fn check_posix_rules(vm: &mut DriverVm, mount_point: &str) -> Result<()> {
+    vm.run("printf '%s\\n' root:x:0:0::/:/bin/sh nobody:x:65534:65534::/:/bin/sh tests:x:1001:1001::/:/bin/sh > /etc/passwd")?;
+    vm.run("printf '%s\\n' root:x:0: nobody:x:65534: tests:x:1001: > /etc/group")?;
+    vm.run(
+        "printf '%s\\n' '[features]' 'posix_fallocate = {}' 'utimensat = {}' 'utime_now = {}' '[settings]' 'naptime = 0.01' \
+         '[dummy_auth]' 'entries = [[\"nobody\", \"nobody\"], [\"tests\", \"tests\"]]' > /tmp/suite.toml",
+    )?;
+    // It fails as a whole, for those that are about device nodes.
+    let suite = format!("chmod 755 {mount_point}; pjdfstest -c /tmp/suite.toml -p {mount_point} > /tmp/suite.log 2>&1");
+    let running = vm.start(&suite)?;
+    vm.finish(running, SUITE_PATIENCE)?;
+    let failed =
+        vm.run("grep 'FAILED *$' /tmp/suite.log | grep -v '::block \\|::char '; grep ^Summary /tmp/suite.log")?;
+    let summary = failed.strip_prefix("Summary: ").with_context(|| format!("not as POSIX says:\n{failed}"))?;
+    let passed = summary.split(", ").find_map(|part| part.strip_suffix(" passed")?.parse::<u32>().ok());
+    ensure!(passed.is_some_and(|passed| passed > 300), "{summary}");
+    Ok(())
+}
+
+/// Path: two back-ends that others wrote, each in an appliance VM of its own, for one driver VM. Bytes of the appliance's
+/// random source; and a connection from a host program through a channel to a server in the driver VM, which gives back what
+/// it gets.
+#[test]
+fn vhost_devices_give_random_bytes_and_connections() -> Result<()> {
+    machine_test("vhost_devices_give_random_bytes_and_connections", |testbed| {
+        let program = [Overlay::VhostDeviceRng.program(), "--socket-path={socket-stem}"].map(str::to_owned);
+        let options =
+            [format!("--overlay={}", overlay(testbed, Overlay::VhostDeviceRng)?.display()), "--queues=1".to_owned()];
+        let rng = VvuRun::start_program(testbed, "rng", &options, &program)?;
+        let device = "guest-cid=4,socket={socket},uds-path={channel:connections}";
+        let program = [Overlay::VhostDeviceVsock.program(), "--vm", device].map(str::to_owned);
+        let options = [
+            format!("--overlay={}", overlay(testbed, Overlay::VhostDeviceVsock)?.display()),
+            "--queues=3".to_owned(),
+            "--channel=connections".to_owned(),
+        ];
+        let vsock = VvuRun::start_program(testbed, "vsock", &options, &program)?;
+        let mut vm = DriverVmPlan::new(testbed, "driver")
+            .peripheral(Peripheral::rng(rng.socket()))
+            .peripheral(Peripheral::vsock(vsock.socket()))
+            .boot()?;
+        let current = vm.run("cat /sys/class/misc/hw_random/rng_current")?;
+        ensure!(current.trim() == "virtio_rng.0", "the kernel's source of random bytes is {current}");
+        vm.run("dd if=/dev/hwrng of=/tmp/random bs=1k count=64 iflag=fullblock 2> /dev/null")?;
+        let packed: u64 = vm.run("gzip -c /tmp/random | wc -c")?.trim().parse()?;
+        ensure!(packed > 64 << 10, "64 KiB of random bytes are worth {packed}");
+
+        let server = "socat -dd VSOCK-LISTEN:1234 EXEC:cat 2> /tmp/server.log &";
+        vm.run(&format!("{server} until grep -q listening /tmp/server.log; do sleep 0.1; done"))?;
+        echo_through(&vsock.socket().with_extension("sock.connections"))?;
+        vm.power_off()?;
+        vsock.stop()?;
+        rng.stop().map(drop)
+    })
+}
+
+/// Connects to port 1234 of the driver VM and compares what comes back with what was sent.
+fn echo_through(channel: &Path) -> Result<()> {
+    let mut to = UnixStream::connect(channel).with_context(|| format!("cannot reach {}", channel.display()))?;
+    to.set_read_timeout(Some(ANSWER_PATIENCE))?;
+    let mut from = BufReader::new(to.try_clone()?);
+    to.write_all(b"CONNECT 1234\n")?;
+    let mut line = String::new();
+    from.read_line(&mut line)?;
+    ensure!(line.starts_with("OK "), "the device says {line}");
+    let sent: Vec<u8> = (0..ECHOED).map(|at| u8::try_from(at % 251).unwrap_or_default()).collect();
+    let expected = sent.clone();
+    let sender = std::thread::spawn(move || to.write_all(&sent).map(|()| to));
+    let mut received = vec![0; ECHOED];
+    from.read_exact(&mut received).context("not all comes back")?;
+    ensure!(received == expected, "what comes back is not what was sent");
+    match sender.join() {
+        Ok(to) => to?.shutdown(Shutdown::Both).context("cannot hang up"),
+        Err(panic) => std::panic::resume_unwind(panic),
+    }
+}
+
+/// Path: DPDK in the appliance, a poll-mode program that maps the driver VM's memory its own way: it answers requests for
+/// addresses and echoes.
+#[test]
+fn dpdk_answers_on_a_network_card() -> Result<()> {
+    machine_test("dpdk_answers_on_a_network_card", |testbed| {
+        let program = [
+            Overlay::DpdkTestpmd.program(),
+            "--no-huge",
+            "-m",
+            "100",
+            "--no-pci",
+            "--no-telemetry",
+            "--iova-mode=va",
+            "--lcores=0@0,1@0",
+            "-d",
+            "librte_net_vhost.so.25",
+            "-d",
+            "librte_mempool_ring.so.25",
+            "--vdev",
+            "net_vhost0,iface={socket},queues=1",
+            "--",
+            "--forward-mode=icmpecho",
+            "--auto-start",
+            "--total-num-mbufs=4096",
+            "--nb-cores=1",
+            "--port-topology=loop",
+            // Else it ends when its standard input does.
+            "--stats-period=86400",
+        ];
+        let options = [
+            format!("--overlay={}", overlay(testbed, Overlay::DpdkTestpmd)?.display()),
+            "--queues=2".to_owned(),
+            "--memory=512M".to_owned(),
+        ];
+        let run = VvuRun::start_program(testbed, "net", &options, &program.map(str::to_owned))?;
+        let card = Network::at(run.socket(), "52:54:00:00:00:01");
+        let mut vm = DriverVmPlan::new(testbed, "driver").network(card).boot()?;
+        vm.run("ip link set eth0 up && ip addr add 10.7.0.1/24 dev eth0")?;
+        vm.run("ping -c 3 -W 10 10.7.0.2")?;
+        // Each answer is awaited; a lost one fails the test.
+        let says = vm.run("ping -c 50 -i 0.02 -s 1400 -W 10 10.7.0.3")?;
+        ensure!(says.contains(" 0% packet loss"), "{says}");
+        // MAC address of the card at the other end, which DPDK's vhost driver makes of its letters.
+        ensure!(vm.run("ip neigh")?.contains("56:48:4f:53:54"), "somebody else has answered");
         vm.power_off()?;
         run.stop().map(drop)
     })

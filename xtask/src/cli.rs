@@ -22,7 +22,9 @@ pub(crate) enum Command {
     Setup(Setup),
     /// Build the appliance image in target/appliance and list what is in it
     Image,
-    /// Put a back-end of Debian's packages with its libraries into a directory, for `vvu run exec --overlay`
+    /// Put a back-end of others with its libraries into a directory, for `vvu run exec --overlay`
+    ///
+    /// It comes out of Debian's packages, or of the crate registry (then it is built, for tests: without optimisation).
     Overlay {
         /// The back-end
         #[arg(value_enum)]
@@ -127,6 +129,12 @@ pub(crate) enum OverlayProgram {
     QemuStorageDaemon,
     /// A file system
     Virtiofsd,
+    /// Networks: DPDK's test program
+    DpdkTestpmd,
+    /// Virtio's own sockets
+    VhostDeviceVsock,
+    /// Random bytes, from the crate registry
+    VhostDeviceRng,
 }
 
 impl From<OverlayProgram> for Overlay {
@@ -134,6 +142,9 @@ impl From<OverlayProgram> for Overlay {
         match program {
             OverlayProgram::QemuStorageDaemon => Self::QemuStorageDaemon,
             OverlayProgram::Virtiofsd => Self::Virtiofsd,
+            OverlayProgram::DpdkTestpmd => Self::DpdkTestpmd,
+            OverlayProgram::VhostDeviceVsock => Self::VhostDeviceVsock,
+            OverlayProgram::VhostDeviceRng => Self::VhostDeviceRng,
         }
     }
 }

@@ -29,7 +29,7 @@ pub(crate) fn build(workspace: &Workspace) -> anyhow::Result<ApplianceFiles> {
 
 /// Makes a directory for `vvu run exec --overlay` and says what is in it and how it is called.
 pub(crate) fn build_overlay(overlay: Overlay, directory: &Path) -> anyhow::Result<()> {
-    let files = vvu_guest_image::build_overlay(&overlay.root()?, &[overlay.program()], directory)?;
+    let files = vvu_guest_image::build_overlay(&overlay.root()?, &overlay.files(), directory)?;
     let bytes: u64 = files.iter().map(|file| file.size_bytes).sum();
     println!("{}: {} files, {} MB", directory.display(), files.len(), bytes.div_ceil(1_000_000));
     println!("use: vvu run exec --socket SOCKET --overlay {} -- {} ...", directory.display(), overlay.program());

@@ -128,3 +128,27 @@ impl SharedFolder {
         line.option("-device", format!("vhost-user-fs-pci,chardev={id},tag={}", self.tag));
     }
 }
+
+/// A device of which nothing is to be said but where its back-end is.
+#[derive(Debug, Clone)]
+pub struct Peripheral {
+    socket: PathBuf,
+    model: &'static str,
+}
+
+impl Peripheral {
+    /// A source of random bytes.
+    pub fn rng(socket: &Path) -> Self {
+        Self { socket: socket.to_owned(), model: "vhost-user-rng-pci" }
+    }
+
+    /// Sockets between the machine and others (virtio 1.3, section 5.10).
+    pub fn vsock(socket: &Path) -> Self {
+        Self { socket: socket.to_owned(), model: "vhost-user-vsock-pci" }
+    }
+
+    pub(super) fn push_options(&self, id: &str, line: &mut CommandLine) {
+        line.option("-chardev", format!("socket,id={id},path={}", self.socket.display()));
+        line.option("-device", format!("{},chardev={id}", self.model));
+    }
+}

@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use vvu_witness::ledger::LEDGER_LEN;
 
-use super::devices::{Network, SharedFolder};
+use super::devices::{Network, Peripheral, SharedFolder};
 use super::{BOOT_PATIENCE, DriverVm};
 use crate::driver_image::DriverImage;
 use crate::process::{Process, Watched};
@@ -121,6 +121,7 @@ pub struct DriverVmPlan<'a> {
     disks: Vec<Disk>,
     networks: Vec<Network>,
     shared_folders: Vec<SharedFolder>,
+    peripherals: Vec<Peripheral>,
     cpus: u16,
     memory: Memory,
     boot: Boot,
@@ -162,6 +163,7 @@ impl<'a> DriverVmPlan<'a> {
             disks: Vec::new(),
             networks: Vec::new(),
             shared_folders: Vec::new(),
+            peripherals: Vec::new(),
             cpus: 1,
             memory: Memory::OneFile { all: 384, below_4g: None },
             boot: Boot::Kernel,
@@ -210,6 +212,13 @@ impl<'a> DriverVmPlan<'a> {
     #[must_use]
     pub fn shared_folder(mut self, shared_folder: SharedFolder) -> Self {
         self.shared_folders.push(shared_folder);
+        self
+    }
+
+    /// Adds another device.
+    #[must_use]
+    pub fn peripheral(mut self, peripheral: Peripheral) -> Self {
+        self.peripherals.push(peripheral);
         self
     }
 
@@ -314,11 +323,24 @@ impl<'a> DriverVmPlan<'a> {
             let iommu = if self.iommu { " intel_iommu=on iommu.strict=1" } else { "" };
             // Memory that only holds what can move can be pulled out again.
             let movable = if self.hot_plug { " memhp_default_state=online_movable" } else { "" };
-            let image = if self.networks.is_empty() { DriverImage::Disk } else { DriverImage::Network };
-            line.option("-kernel", &self.testbed.setup().kernel).option("-initrd", self.testbed.driver_image(image)?);
+            let image = self.testbed.driver_image(self.image())?;
+            line.option("-kernel", &self.testbed.setup().kernel).option("-initrd", image);
             line.option("-append", format!("{KERNEL_COMMAND_LINE}{iommu}{movable}"));
         }
         Ok(line.0)
+    }
+
+    /// What boots has the drivers of one class of devices beside disks.
+    fn image(&self) -> DriverImage {
+        if !self.networks.is_empty() {
+            DriverImage::Network
+        } else if !self.shared_folders.is_empty() {
+            DriverImage::FileSystem
+        } else if !self.peripherals.is_empty() {
+            DriverImage::Peripherals
+        } else {
+            DriverImage::Disk
+        }
     }
 
     fn machine_properties(&self) -> &'static str {
@@ -341,6 +363,9 @@ impl<'a> DriverVmPlan<'a> {
         }
         for (index, shared_folder) in self.shared_folders.iter().enumerate() {
             shared_folder.push_options(&format!("fs{index}"), line);
+        }
+        for (index, peripheral) in self.peripherals.iter().enumerate() {
+            peripheral.push_options(&format!("peripheral{index}"), line);
         }
         if let Some(ledger) = &self.ledger {
             let file = format!("mem-path={},size={LEDGER_LEN},share=on", ledger.display());
