@@ -32,6 +32,17 @@ const TAIL_LINES: usize = 60;
 /// Bytes read from a child at once.
 const READ_BYTES: usize = 8192;
 
+/// What QEMU says of its devices whenever there are more than 8 regions of memory in its machine, and every mapping in a window is
+/// one: that it cannot tell them. They keep what they were told before, the appliance's own memory, and need no more. A
+/// device that cannot start for this reason has further words for it.
+const HARMLESS_WORDS_OF_QEMU: [&str; 2] =
+    ["Failed preparing vhost-user memory table msg", "vhost_set_mem_table failed: No buffer space available"];
+
+/// Whether a line would only alarm who reads it.
+fn is_harmless(source: Source, line: &str) -> bool {
+    matches!(source, Source::Qemu(_)) && HARMLESS_WORDS_OF_QEMU.iter().any(|words| line.contains(words))
+}
+
 /// The text without control characters, terminal sequences (ECMA-48, section 5.4 and 8.3) and the invisible characters
 /// that reorder or hide text (Unicode Standard Annex 9).
 pub(crate) fn printable(text: &str) -> String {
@@ -185,7 +196,7 @@ async fn follow(
         let len = reader.read(&mut buffer).await.unwrap_or(0);
         let bytes = buffer.get(..len).unwrap_or_default();
         let lines = if len == 0 { splitter.finish().into_iter().collect() } else { splitter.push(bytes) };
-        for line in lines {
+        for line in lines.into_iter().filter(|line| !is_harmless(source, line)) {
             keep(&tail, &line);
             match limit.pass(Instant::now()) {
                 Pass::No => {}
@@ -213,6 +224,7 @@ fn keep(tail: &Mutex<VecDeque<String>>, line: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::supervisor::ApplianceId;
 
     #[test]
     fn terminal_commands_do_not_survive() {
@@ -271,6 +283,21 @@ mod tests {
         assert_eq!(limit.pass(later), Pass::Yes { left_out: 500 });
         let passed = (0..1000).filter(|_| limit.pass(later) != Pass::No).count();
         assert_eq!(passed, LINES_PER_SECOND as usize - 1);
+    }
+
+    #[test]
+    fn harmless_words_are_left_out_if_they_are_qemus() {
+        let (qemu, appliance) = (Source::Qemu(ApplianceId(1)), Source::Appliance(ApplianceId(1)));
+        for line in [
+            "qemu: Failed preparing vhost-user memory table msg",
+            "qemu-system-x86_64: vhost_set_mem_table failed: No buffer space available (105)",
+        ] {
+            assert!(is_harmless(qemu, line) && !is_harmless(appliance, line), "{line}");
+        }
+        for line in ["qemu: vhost_set_mem_table failed: Broken pipe (32)", "qemu: Error starting vhost-user-base: 105"]
+        {
+            assert!(!is_harmless(qemu, line), "{line}");
+        }
     }
 
     #[tokio::test]

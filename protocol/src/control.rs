@@ -52,6 +52,9 @@ bitflags! {
         const BACK_END_UP = 1 << 0;
         /// A front-end is connected. Set and cleared by the bridge.
         const FRONT_END_UP = 1 << 1;
+        /// The bridge is not to map the window's header yet. Set by the agent before it starts the window device, and cleared
+        /// when all window devices of the appliance run; never shown by the bridge.
+        const HOLD_WINDOW = 1 << 2;
     }
 }
 

@@ -193,6 +193,15 @@ pub struct ControlDevice {
 }
 
 impl ControlDevice {
+    /// Has the bridge wait with the window's header, or not any longer. Only as long as no back-end is up.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub fn hold_window(&mut self, hold: bool) -> Result<(), ControlError> {
+        let status = if hold { Status::HOLD_WINDOW } else { Status::empty() };
+        Ok(self.registers.virtio.write_config(CONFIG_STATUS_OFFSET as u64, status.bits())?)
+    }
+
     /// The next frame that has come, if any; its buffer goes back to the device.
     fn receive(&mut self) -> Result<Option<Vec<u8>>, ControlError> {
         let Some(used) = self.receive.take_used()? else {

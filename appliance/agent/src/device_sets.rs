@@ -1,10 +1,14 @@
 //! Finds the devices of each device set by their uuid, and brings them up in the order that they need.
 //!
-//! 1. Control devices and doorbell devices go to vfio-pci; each says which set it belongs to.
-//! 2. The control devices start, so that the bridges can tell of their windows.
-//! 3. The windows' devices start, and each bridge maps the header of its window.
+//! 1. Control devices go to vfio-pci; each says which set it belongs to. They start, so that the bridges can tell of their
+//!    windows, which they hold back at first.
+//! 2. The windows' devices start.
+//! 3. Doorbell devices go to vfio-pci, and each bridge maps the header of its window.
 //! 4. With all headers in place, the kernel looks at them and makes the device-DAX nodes.
 //! 5. Back-end programs get what they work on, and each device set its socket of one.
+//!
+//! Headers and doorbells come late because QEMU starts a vhost-user device only while its machine has 8 regions of memory or
+//! less, and each of them is one.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -59,8 +63,14 @@ pub struct Machine {
 /// # Errors
 /// If a device is missing or cannot be driven.
 pub async fn bring_up(config: &ApplianceConfig, modules: &Modules, reaper: &Reaper) -> Result<Machine> {
-    let mut devices = start_controls(config)?;
+    let doorbells = PciFunction::all(PciId::IVSHMEM)?;
+    doorbells.iter().try_for_each(PciFunction::hide_memory)?;
+    let controls = start_controls(config)?;
     modules.load(Stage::Window)?;
+    let mut devices = add_doorbells(controls, &doorbells)?;
+    for set in &mut devices {
+        set.control.hold_window(false)?;
+    }
     for set in &mut devices {
         let uuid = set.uuid;
         let len = timeout(WINDOW_TIMEOUT, window_len(&mut set.control)).await;
@@ -99,22 +109,37 @@ pub async fn bring_up(config: &ApplianceConfig, modules: &Modules, reaper: &Reap
     Ok(machine)
 }
 
-/// Starts the control device of each device set, in the order of the configuration.
-fn start_controls(config: &ApplianceConfig) -> Result<Vec<Devices>> {
-    let mut controls = find_controls()?;
-    let mut doorbells = find_doorbells()?;
-    let mut sets = Vec::new();
+/// Starts the control device of each device set, in the order of the configuration. Their windows are held back.
+fn start_controls(config: &ApplianceConfig) -> Result<Vec<(Uuid, ControlDevice)>> {
+    let mut found = find_controls()?;
+    let mut started = Vec::new();
     for uuid in config.back_ends.iter().flat_map(|back_end| &back_end.device_sets) {
         let uuid: Uuid = uuid.parse()?;
-        let control = controls.remove(&uuid).with_context(|| format!("device set {uuid} has no control device"))?;
-        let doorbell = doorbells.remove(&uuid).with_context(|| format!("device set {uuid} has no doorbell device"))?;
-        let control = control.start().with_context(|| format!("device set {uuid}"))?;
-        sets.push(Devices { uuid, control, doorbell, window_len: 0 });
+        let control = found.remove(&uuid).with_context(|| format!("device set {uuid} has no control device"))?;
+        let mut control = control.start().with_context(|| format!("device set {uuid}"))?;
+        control.hold_window(true)?;
+        started.push((uuid, control));
     }
-    for uuid in controls.keys().chain(doorbells.keys()) {
+    warn_of_others(found.keys());
+    Ok(started)
+}
+
+/// Adds the doorbell device of each device set.
+fn add_doorbells(controls: Vec<(Uuid, ControlDevice)>, functions: &[PciFunction]) -> Result<Vec<Devices>> {
+    let mut found = find_doorbells(functions)?;
+    let mut devices = Vec::new();
+    for (uuid, control) in controls {
+        let doorbell = found.remove(&uuid).with_context(|| format!("device set {uuid} has no doorbell device"))?;
+        devices.push(Devices { uuid, control, doorbell, window_len: 0 });
+    }
+    warn_of_others(found.keys());
+    Ok(devices)
+}
+
+fn warn_of_others<'a>(sets: impl Iterator<Item = &'a Uuid>) {
+    for uuid in sets {
         warn!(set = %uuid, "there is a device of a set that is not configured");
     }
-    Ok(sets)
 }
 
 async fn open_port(channel: &str, name: &str) -> Result<Port> {
@@ -132,10 +157,10 @@ fn find_controls() -> Result<BTreeMap<Uuid, FoundControlDevice>> {
     Ok(found)
 }
 
-fn find_doorbells() -> Result<BTreeMap<Uuid, DoorbellDevice>> {
+fn find_doorbells(functions: &[PciFunction]) -> Result<BTreeMap<Uuid, DoorbellDevice>> {
     let mut found = BTreeMap::new();
-    for function in PciFunction::all(PciId::IVSHMEM)? {
-        let device = DoorbellDevice::new(open(&function)?).with_context(|| format!("PCI device {function}"))?;
+    for function in functions {
+        let device = DoorbellDevice::new(open(function)?).with_context(|| format!("PCI device {function}"))?;
         info!(set = %device.uuid(), %function, "doorbell device");
         found.insert(device.uuid(), device);
     }

@@ -4,10 +4,15 @@
 //! every virtio function, whether or not a driver for the virtio device exists): it is taken from there.
 
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::{fmt, fs};
 
 const DEVICES: &str = "/sys/bus/pci/devices";
+/// The command register in the configuration space, and its bit for memory.
+const COMMAND_OFFSET: u64 = 4;
+const COMMAND_MEMORY: u16 = 1 << 1;
+
 const PROBE: &str = "/sys/bus/pci/drivers_probe";
 
 /// Vendor and device id of a PCI function.
@@ -93,6 +98,23 @@ impl PciFunction {
 
     fn id(&self) -> Result<PciId, PciError> {
         Ok(PciId { vendor: read_hex(&self.file("vendor"))?, device: read_hex(&self.file("device"))? })
+    }
+
+    /// Takes the function's memory out of the address space; opening it by VFIO puts it back (PCI Local Bus Specification 3.0,
+    /// section 6.2.2, bit 1 of the command register).
+    ///
+    /// # Errors
+    /// [`PciError::Sysfs`].
+    pub fn hide_memory(&self) -> Result<(), PciError> {
+        let path = self.file("config");
+        let hide = || {
+            let config = fs::File::options().read(true).write(true).open(&path)?;
+            let mut command = [0; 2];
+            config.read_exact_at(&mut command, COMMAND_OFFSET)?;
+            let hidden = u16::from_le_bytes(command) & !COMMAND_MEMORY;
+            config.write_all_at(&hidden.to_le_bytes(), COMMAND_OFFSET)
+        };
+        hide().map_err(at(&path))
     }
 
     /// Takes the function from its driver, if it has one, gives it to vfio-pci, and says which IOMMU group it is in.

@@ -41,6 +41,17 @@ pub struct ControlState {
     pub downs: u64,
 }
 
+/// What the control device has to do with the window.
+#[derive(Debug)]
+pub struct WindowLink {
+    /// Its state; the agent gets to see the window whenever it is ready.
+    pub state: watch::Receiver<WindowState>,
+    /// Its length in bytes.
+    pub len: u64,
+    /// Whether the agent wants its header not to be mapped yet.
+    pub hold: watch::Sender<bool>,
+}
+
 #[derive(Debug)]
 enum Command {
     Send(Vec<u8>),
@@ -119,9 +130,7 @@ pub struct Control {
     back_channel: Option<MessageSocket>,
     config: ConfigSpace,
     memory: ApplianceMemory,
-    window: watch::Receiver<WindowState>,
-    /// Length of the window in bytes.
-    window_len: u64,
+    window: WindowLink,
     commands: mpsc::Receiver<Command>,
     frames: mpsc::Sender<Frame>,
     state: watch::Sender<ControlState>,
@@ -132,7 +141,7 @@ pub struct Control {
 
 impl Control {
     /// A control device on the socket of the appliance's VMM, and the port to it. `window_header` is the file behind the
-    /// window's header; the agent gets to see a window of `window_len` bytes whenever `window` is ready.
+    /// window's header.
     ///
     /// # Errors
     /// [`ApplianceError`] if the socket cannot be used.
@@ -141,9 +150,9 @@ impl Control {
         uuid: [u8; 16],
         max_queues: u16,
         window_header: FileId,
-        (mut window, window_len): (watch::Receiver<WindowState>, u64),
+        mut window: WindowLink,
     ) -> Result<(Self, ControlPort), ApplianceError> {
-        window.mark_changed();
+        window.state.mark_changed();
         let socket =
             MessageSocket::new(stream).map_err(|source| ApplianceError::Io { what: "control socket", source })?;
         let model = Model { name: NAME, features: Features::empty(), queue_count: 2, shared_memory: Vec::new() };
@@ -163,7 +172,6 @@ impl Control {
             },
             memory: ApplianceMemory::new(window_header),
             window,
-            window_len,
             commands,
             frames,
             state,
@@ -191,7 +199,7 @@ impl Control {
                 }
                 kicked = kicked(receive) => { kicked?; self.flush_outgoing()?; }
                 kicked = kicked(transmit) => { kicked?; self.drain_transmit()?; }
-                Ok(()) = self.window.changed() => self.config_changed().await?,
+                Ok(()) = self.window.state.changed() => self.config_changed().await?,
                 () = room(&self.frames), if self.stalled => self.drain_transmit()?,
                 command = self.commands.recv() => match command {
                     Some(command) => self.execute(command).await?,
@@ -218,6 +226,7 @@ impl Control {
                 self.stalled = false;
                 self.config.status.remove(Status::BACK_END_UP);
                 self.back_end_down();
+                self.hold_window(false);
             }
         }
         Ok(())
@@ -233,7 +242,9 @@ impl Control {
             tracing::debug!(offset, len = written.bytes.len(), "ignored a write to the configuration space");
             return;
         };
-        let up = Status::from_bits_retain(value).contains(Status::BACK_END_UP);
+        let written = Status::from_bits_retain(value);
+        self.hold_window(written.contains(Status::HOLD_WINDOW));
+        let up = written.contains(Status::BACK_END_UP);
         let was_up = self.config.status.contains(Status::BACK_END_UP);
         self.config.status.set(Status::BACK_END_UP, up);
         match (was_up, up) {
@@ -243,6 +254,10 @@ impl Control {
             (true, false) => self.back_end_down(),
             _ => {}
         }
+    }
+
+    fn hold_window(&mut self, hold: bool) {
+        self.window.hold.send_if_modified(|held| std::mem::replace(held, hold) != hold);
     }
 
     fn back_end_down(&mut self) {
@@ -285,8 +300,8 @@ impl Control {
     /// configuration space when it starts the device. A window that is gone means that the appliance is being reset, and an
     /// interrupt at a device that has just been stopped kills QEMU; when the window is back the agent gets one.
     async fn config_changed(&mut self) -> Result<(), ApplianceError> {
-        let window_ready = self.window.borrow().ready;
-        self.config.window_len = if window_ready { self.window_len } else { 0 };
+        let window_ready = self.window.state.borrow().ready;
+        self.config.window_len = if window_ready { self.window.len } else { 0 };
         let interruptible = self.device.is_running() && window_ready;
         let Some(back_channel) = self.back_channel.as_ref().filter(|_| interruptible) else {
             return Ok(());

@@ -25,7 +25,7 @@ use tokio::task::{AbortHandle, JoinError, JoinSet};
 use tokio::time::{Instant, sleep_until};
 use vvu_protocol::window::Layout;
 
-use super::control::{Control, ControlPort, ControlState};
+use super::control::{Control, ControlPort, ControlState, WindowLink};
 use super::doorbell::Doorbell;
 use super::sockets::{Device, Sockets};
 use super::window::{Window, WindowPort, WindowState, header_file};
@@ -89,6 +89,8 @@ struct Incomplete {
     header: OwnedFd,
     /// The window device's, for both devices.
     window_state: watch::Sender<WindowState>,
+    /// The control device's, for the window device.
+    window_hold: watch::Sender<bool>,
     control: Option<ControlPort>,
     window: Option<WindowPort>,
     doorbell: bool,
@@ -352,6 +354,7 @@ impl DeviceSet {
             doorbells,
             header: header_file(model.uuid, model.layout.len())?,
             window_state: watch::Sender::default(),
+            window_hold: watch::Sender::default(),
             control: None,
             window: None,
             doorbell: false,
@@ -367,14 +370,16 @@ impl DeviceSet {
         match device {
             Device::Control if set.control.is_none() => {
                 let (header, _) = file_identity(&set.header)?;
-                let window = (set.window_state.subscribe(), model.layout.len());
+                let (state, hold) = (set.window_state.subscribe(), set.window_hold.clone());
+                let window = WindowLink { state, len: model.layout.len(), hold };
                 let (task, port) = Control::new(stream, model.uuid, model.queues, header, window)?;
                 self.control = Some(self.tasks.spawn_local(task.run()));
                 set.control = Some(port);
             }
             Device::Window if set.window.is_none() => {
                 let header = set.header.try_clone().map_err(io("duplicate of the window's header"))?;
-                let (task, port) = Window::new(stream, header, &model.layout, set.window_state.clone())?;
+                let (state, hold) = (set.window_state.clone(), set.window_hold.subscribe());
+                let (task, port) = Window::new(stream, header, &model.layout, state, hold)?;
                 self.tasks.spawn_local(task.run());
                 set.window = Some(port);
             }

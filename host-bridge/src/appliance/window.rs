@@ -1,8 +1,8 @@
 //! The window device: a virtio-pmem device whose shared memory is the window.
 //!
 //! [`Window`] is the task that owns the socket; [`WindowPort`] is how the session maps driver memory. QEMU drops all mappings
-//! when the appliance resets; the task then maps the header again as soon as the device runs, and the session learns by
-//! the state that its own mappings are gone.
+//! when the appliance resets; the task then maps the header again as soon as the device runs and the agent does not hold it
+//! back, and the session learns by the state that its own mappings are gone.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -176,6 +176,10 @@ pub struct Window {
     header: OwnedFd,
     operations: mpsc::Receiver<Ordered>,
     state: watch::Sender<WindowState>,
+    /// The agent wants the header not to be mapped yet.
+    hold: watch::Receiver<bool>,
+    /// The header was mapped, or is being, since the device runs.
+    has_header: bool,
     pending: Option<Pending>,
     /// Answers that are still to come for operations that a reset has cut short.
     stale_answers: u32,
@@ -183,7 +187,7 @@ pub struct Window {
 
 impl Window {
     /// A window device on the socket of the appliance's VMM, and the port to it. `header` is made by [`header_file`];
-    /// `state` is kept up to date.
+    /// `state` is kept up to date; the header is not mapped while `hold` is set.
     ///
     /// # Errors
     /// [`ApplianceError`] if the socket cannot be used.
@@ -192,6 +196,7 @@ impl Window {
         header: OwnedFd,
         layout: &Layout,
         state: watch::Sender<WindowState>,
+        hold: watch::Receiver<bool>,
     ) -> Result<(Self, WindowPort), ApplianceError> {
         let socket =
             MessageSocket::new(stream).map_err(|source| ApplianceError::Io { what: "window socket", source })?;
@@ -209,6 +214,8 @@ impl Window {
             header,
             operations,
             state,
+            hold,
+            has_header: false,
             pending: None,
             stale_answers: 0,
         };
@@ -230,6 +237,8 @@ impl Window {
                     self.apply(effect).await?;
                 }
                 answer = answer(self.back_channel.as_mut()) => self.answered(answer?)?,
+                // Without a control device nobody changes it any more.
+                Ok(()) = self.hold.changed() => self.map_header().await?,
                 ordered = self.operations.recv(), if idle => match ordered {
                     Some(ordered) => self.execute(ordered).await?,
                     None => return Ok(()),
@@ -255,7 +264,12 @@ impl Window {
         }
     }
 
+    /// Maps the header if that is due.
     async fn map_header(&mut self) -> Result<(), ApplianceError> {
+        if self.has_header || !self.device.is_running() || *self.hold.borrow_and_update() {
+            return Ok(());
+        }
+        self.has_header = true;
         let header = self
             .header
             .try_clone()
@@ -273,6 +287,7 @@ impl Window {
     /// QEMU has dropped all mappings with the stop of the device.
     fn lose_mappings(&mut self) {
         tracing::info!("window of the appliance stopped; all mappings are gone");
+        self.has_header = false;
         if let Some(pending) = self.pending.take() {
             self.stale_answers += 1;
             if let Some(completion) = pending.completion {

@@ -14,8 +14,9 @@ use vvu_socket::event;
 
 use crate::scripted::agent::Agent;
 use crate::scripted::front_end::{DriverMemory, FrontEnd, USER_BASE, vring_file};
-use crate::scripted::process::UUID;
-use crate::scripted::{QUEUES, Scene, WINDOW_LEN, exchange, told};
+use crate::scripted::process::{Bridge, UUID};
+use crate::scripted::vmm::Vmm;
+use crate::scripted::{Journal, QUEUES, Scene, WINDOW_LEN, exchange, told};
 
 use FrontEndRequest as R;
 
@@ -36,6 +37,23 @@ async fn the_appliance_finds_one_device_set() {
     let mut block = vec![0; dax::INFO_BLOCK_LEN];
     rustix::io::pread(&header, &mut block, dax::INFO_BLOCK_OFFSET).unwrap();
     assert_eq!(block, dax::info_block(uuid, window_len));
+}
+
+/// An agent that has several sets holds the windows back until all of them run.
+#[tokio::test]
+async fn the_header_waits_for_the_agent() {
+    let bridge = Bridge::start().await;
+    let vmm = Vmm::connect(bridge.directory(), Journal::default()).await;
+    let agent = Agent::start_control(&vmm).await;
+    agent.set_status(Status::HOLD_WINDOW).await;
+    vmm.start_window().await;
+    vmm.fence().await;
+    assert!(vmm.header().is_none(), "the header is mapped too early");
+    assert_eq!((agent.config().await.window_len, agent.unseen_interrupts()), (0, 0));
+    agent.set_status(Status::empty()).await;
+    let config = agent.sees(|config| config.window_len != 0, "the window's header").await;
+    assert_eq!(config.status, Status::empty());
+    assert!(vmm.header().is_some());
 }
 
 /// What QEMU 11.1 sends for vhost-user-blk with two queues of which the firmware starts one, from the connection to the
