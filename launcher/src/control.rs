@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::events::ChannelFacts;
 use crate::live::Settings;
+use crate::live_counters::{AllCounters, Counters};
 use crate::supervisor::{ApplianceId, PortId};
 
 /// Longest line of either side in bytes, without its end: a path of 4096 bytes that is all escapes fits.
@@ -114,6 +116,16 @@ pub(crate) enum Reply {
     },
 }
 
+impl Status {
+    /// Adds what the back-end has counted.
+    pub(crate) fn add_counters(&mut self, counters: AllCounters) {
+        for (port, counters) in self.ports.iter_mut().zip(counters.ports) {
+            port.counters = Some(counters);
+        }
+        self.uplink_counters = counters.uplink;
+    }
+}
+
 impl Reply {
     /// A refusal or failure.
     pub(crate) fn failed(message: impl Into<String>) -> Self {
@@ -150,6 +162,14 @@ pub(crate) struct Status {
     pub(crate) socket: String,
     /// Where it is served.
     pub(crate) ports: Vec<PortStatus>,
+    /// What the uplink of a switch has counted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) uplink_counters: Option<Counters>,
+    /// Why there are no counters, though the device has some.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) counters_missing: Option<String>,
+    /// Byte streams between the host and the program.
+    pub(crate) channels: Vec<ChannelFacts>,
     /// Absolute path of the appliance image's directory.
     pub(crate) appliance_dir: PathBuf,
     /// Private directory of the run.
@@ -195,6 +215,9 @@ pub(crate) struct PortStatus {
     /// What can be changed while it runs; none for a program's device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) settings: Option<Settings>,
+    /// What the back-end has counted since the appliance VM in use serves; none for a program's device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) counters: Option<Counters>,
     /// Process id of its bridge.
     pub(crate) bridge: Option<u32>,
     /// The bridge's state in words.

@@ -78,7 +78,7 @@ pub(crate) struct PortFacts {
 }
 
 /// A byte stream between the host and the back-end.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, serde::Deserialize)]
 pub(crate) struct ChannelFacts {
     /// Its name.
     pub(crate) name: String,

@@ -14,6 +14,7 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use vvu_appliance_config::{ApplianceConfig, Device, Limits, PortFilter, PortOptions};
 
+use crate::live_counters::AllCounters;
 use crate::log_follow::printable;
 use crate::supervisor::PortId;
 
@@ -158,6 +159,18 @@ pub(crate) fn settings(config: &ApplianceConfig, port: PortId) -> Option<Setting
 /// # Errors
 /// The back-end refuses, answers nonsense, or does not answer in time; one line.
 pub(crate) async fn ask(socket: &Path, request: &Value) -> anyhow::Result<()> {
+    answer_to(socket, request).await.map(drop)
+}
+
+/// Asks the back-end behind the control channel at `socket` what it has counted.
+///
+/// # Errors
+/// As of [`ask`].
+pub(crate) async fn counters(socket: &Path) -> anyhow::Result<AllCounters> {
+    Ok(AllCounters::read(&answer_to(socket, &json!({ "query": {} })).await?))
+}
+
+async fn answer_to(socket: &Path, request: &Value) -> anyhow::Result<Value> {
     let conversation = async {
         let mut stream =
             UnixStream::connect(socket).await.context("the appliance VM's channel cannot be connected to")?;
@@ -173,10 +186,11 @@ pub(crate) async fn ask(socket: &Path, request: &Value) -> anyhow::Result<()> {
     judge(&answer?)
 }
 
-fn judge(answer: &[u8]) -> anyhow::Result<()> {
-    let answer: Value = serde_json::from_slice(answer).context("the back-end's answer is not understood")?;
-    match (answer.get("return"), answer.get("error").and_then(Value::as_str)) {
-        (Some(_), None) => Ok(()),
+fn judge(answer: &[u8]) -> anyhow::Result<Value> {
+    let mut answer: Value = serde_json::from_slice(answer).context("the back-end's answer is not understood")?;
+    let said = answer.get_mut("return").map(Value::take);
+    match (said, answer.get("error").and_then(Value::as_str)) {
+        (Some(said), None) => Ok(said),
         (None, Some(text)) => {
             let text: String = printable(text).chars().take(MAX_REFUSAL_LEN).collect();
             bail!("the back-end refuses: {text}")

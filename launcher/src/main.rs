@@ -25,6 +25,7 @@ mod image;
 mod image_lock;
 mod inherit;
 mod live;
+mod live_counters;
 mod log_files;
 mod log_follow;
 mod mac;

@@ -15,6 +15,7 @@ use vvu_appliance_config::Limits;
 use crate::cli::{FilterArgs, LinkArgs, LiveLimitArgs, ResizeArgs, RunArgs, UpgradeArgs};
 use crate::control::{self, Reply, Request, Status};
 use crate::live::Settings;
+use crate::live_counters::Counters;
 use crate::log_follow::printable;
 use crate::net_options::{Link, Macs};
 use crate::output::in_milliseconds;
@@ -165,6 +166,13 @@ fn settings_text(settings: &Settings) -> String {
     text
 }
 
+/// What has happened so far; what has not is left out.
+fn counters_text(counters: &Counters) -> String {
+    let told: Vec<_> =
+        counters.iter().filter(|(_, number)| **number > 0).map(|(name, number)| format!("{name} {number}")).collect();
+    if told.is_empty() { "all 0".to_owned() } else { told.join(", ") }
+}
+
 fn status_text(status: &Status) -> String {
     let pid = |pid: Option<u32>| pid.map_or_else(|| "not running".to_owned(), |pid| format!("pid {pid}"));
     let mut text = format!("{:<10} {} ({})\n", "state", status.state, printable(&status.text));
@@ -177,11 +185,26 @@ fn status_text(status: &Status) -> String {
     }
     line("vvu", format!("pid {}, up {} s", status.pids.vvu, status.uptime_ms / 1000));
     for port in &status.ports {
-        line("socket", port.socket.clone());
+        let number = if status.ports.len() > 1 { format!("port {}: ", port.port) } else { String::new() };
+        line("socket", format!("{number}{}", port.socket));
+        let mac = port.mac.as_ref().map(|mac| format!("MAC address {mac}, ")).unwrap_or_default();
+        line("device", format!("{mac}queues {}", port.queues));
         line("bridge", format!("{} ({})", pid(port.bridge), port.text));
         if let Some(settings) = &port.settings {
             line("settings", settings_text(settings));
         }
+        if let Some(counters) = &port.counters {
+            line("counters", counters_text(counters));
+        }
+    }
+    if let Some(counters) = &status.uplink_counters {
+        line("uplink", counters_text(counters));
+    }
+    if let Some(why) = &status.counters_missing {
+        line("counters", format!("not known: {why}"));
+    }
+    for channel in &status.channels {
+        line("channel", format!("{} at {}", channel.name, channel.path));
     }
     for (name, appliance) in [("appliance", &status.appliance), ("standby", &status.standby)] {
         if let Some(appliance) = appliance {

@@ -2,6 +2,7 @@
 
 use std::future::pending;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use vvu_appliance_config::{ApplianceConfig, Device, Format};
 
@@ -15,6 +16,9 @@ use crate::plan::{Class, Disk};
 use crate::programs::{self, ApplianceFiles};
 use crate::resize::Resize;
 use crate::supervisor::{ApplianceId, Handover, Input, PortId, Replaced};
+
+/// Longest time for a back-end to tell its counters.
+const COUNTERS_LIMIT: Duration = Duration::from_secs(5);
 
 /// How a change of the device came out.
 #[derive(Debug)]
@@ -64,7 +68,7 @@ impl Run<'_> {
     pub(super) fn asked(&mut self, asked: Asked) {
         let Asked { request, replies } = asked;
         match request {
-            Request::Status {} => replies.send(Reply::Status(Box::new(self.status()))),
+            Request::Status {} => self.tell_status(replies),
             Request::Upgrade { appliance } => self.replace(appliance, replies),
             Request::Restart {} => self.replace(None, replies),
             Request::Resize { size_bytes, shrink } => self.resize(size_bytes, shrink, replies),
@@ -196,6 +200,25 @@ impl Run<'_> {
         });
     }
 
+    /// Tells the state, with the counters of the back-end if there is one that answers.
+    fn tell_status(&self, replies: Replies) {
+        let mut status = self.status();
+        let counts = self.plan.class != Class::Exec;
+        let channel = self.supervisor.in_use().filter(|_| counts).map(|id| self.control_channel(id));
+        // It talks to the appliance, which may take its time. There are no more of these than peers of the control socket.
+        tokio::spawn(async move {
+            if let Some(channel) = channel {
+                let counted = tokio::time::timeout(COUNTERS_LIMIT, live::counters(&channel)).await;
+                match counted {
+                    Ok(Ok(counters)) => status.add_counters(counters),
+                    Ok(Err(error)) => status.counters_missing = Some(format!("{error:#}")),
+                    Err(_) => status.counters_missing = Some("the back-end does not answer".to_owned()),
+                }
+            }
+            replies.send(Reply::Status(Box::new(status)));
+        });
+    }
+
     fn status(&self) -> Status {
         let (plan, in_use) = (&self.plan, self.supervisor.in_use());
         Status {
@@ -216,6 +239,9 @@ impl Run<'_> {
             disks: plan.disks.iter().map(image_status).collect(),
             socket: plan.socket().to_owned(),
             ports: self.port_ids().filter_map(|port| self.port_status(port)).collect(),
+            uplink_counters: None,
+            counters_missing: None,
+            channels: self.channel_facts(),
             appliance_dir: plan.machine.appliance.directory.clone(),
             runtime_dir: self.directory.text().to_owned(),
         }
@@ -229,6 +255,7 @@ impl Run<'_> {
             queues: port.queues,
             mac: port.mac.map(|mac| mac.to_string()),
             settings: live::settings(&self.plan.config, number),
+            counters: None,
             bridge: self.fleet.pid(Member::Bridge(number)),
             text: state.status_text.clone(),
         })
