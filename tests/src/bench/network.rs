@@ -18,7 +18,7 @@ use vvu_setup::Extra;
 
 use super::Spread;
 use crate::driver_vm::{DriverVm, DriverVmPlan, Network, kvm_is_usable};
-use crate::iperf::{self, Direction};
+use crate::iperf::{self, Direction, Throughput};
 use crate::network::{Port, ServedSwitch};
 use crate::packaged;
 use crate::process::{Process, command_that_dies_with_us, output_of};
@@ -95,6 +95,8 @@ struct Row {
     mbit_per_second: Spread,
     /// vvu's throughput divided by this one's, within each round.
     ratio: Spread,
+    /// Segments that were sent again: most of them were dropped on the way.
+    retransmits: Spread,
 }
 
 /// The whole document.
@@ -284,37 +286,40 @@ impl Field {
 
     fn compare(&mut self, job: Job, offloads: bool, options: &NetworkOptions) -> Result<Vec<Row>> {
         let mut ways: Vec<Way> = WAYS.into_iter().filter(|way| way.carries(job)).collect();
-        let mut rounds: Vec<[f64; WAYS.len()]> = Vec::new();
+        let mut rounds: Vec<[Throughput; WAYS.len()]> = Vec::new();
         for _ in 0..options.rounds.max(1) {
-            let mut round = [f64::NAN; WAYS.len()];
+            let mut round = [Throughput { bits_per_second: f64::NAN, retransmits: 0 }; WAYS.len()];
             for way in &ways {
-                let rate = self.measure(*way, job, options.runtime)?;
-                round.iter_mut().skip(way.number()).take(1).for_each(|place| *place = rate);
+                let moved = self.measure(*way, job, options.runtime)?;
+                round.iter_mut().skip(way.number()).take(1).for_each(|place| *place = moved);
             }
             rounds.push(round);
             ways.rotate_left(1);
         }
-        let rate = |round: &[f64; WAYS.len()], way: Way| round.get(way.number()).copied().unwrap_or(f64::NAN);
-        let row = |way: Way| Row {
-            job,
-            offloads,
-            way,
-            mbit_per_second: Spread::of(rounds.iter().map(|round| rate(round, way)).collect()),
-            ratio: Spread::of(rounds.iter().map(|round| rate(round, Way::Vvu) / rate(round, way)).collect()),
+        let row = |way: Way| {
+            let spread =
+                |figure: &dyn Fn(&[Throughput; WAYS.len()]) -> f64| Spread::of(rounds.iter().map(figure).collect());
+            Row {
+                job,
+                offloads,
+                way,
+                mbit_per_second: spread(&|round| rate(round, way) / 1e6),
+                ratio: spread(&|round| rate(round, Way::Vvu) / rate(round, way)),
+                retransmits: spread(&|round| round.get(way.number()).map_or(0, |moved| moved.retransmits) as f64),
+            }
         };
         Ok(WAYS.into_iter().filter(|way| way.carries(job)).map(row).collect())
     }
 
-    /// Mbit/s of one connection.
-    fn measure(&mut self, way: Way, job: Job, runtime: Duration) -> Result<f64> {
+    /// One connection.
+    fn measure(&mut self, way: Way, job: Job, runtime: Duration) -> Result<Throughput> {
         let (station, direction) = match job {
             Job::BetweenDriverVms => (3, Direction::FromClient),
             Job::ToOutside => (1, Direction::FromClient),
             Job::FromOutside => (1, Direction::ToClient),
         };
-        let moved = iperf::measure(&mut self.left, &way.address(station), direction, 1, runtime.as_secs())
-            .with_context(|| format!("{way}, {job}"))?;
-        Ok(moved.bits_per_second / 1e6)
+        iperf::measure(&mut self.left, &way.address(station), direction, 1, runtime.as_secs())
+            .with_context(|| format!("{way}, {job}"))
     }
 
     fn stop(self) -> Result<()> {
@@ -368,6 +373,10 @@ fn start_passt(testbed: &Testbed) -> Result<(Process, std::path::PathBuf)> {
     Ok((process, socket))
 }
 
+fn rate(round: &[Throughput; WAYS.len()], way: Way) -> f64 {
+    round.get(way.number()).map_or(f64::NAN, |moved| moved.bits_per_second)
+}
+
 fn word(offloads: bool) -> &'static str {
     if offloads { "on" } else { "off" }
 }
@@ -383,17 +392,20 @@ fn print_table(report: &Report, out: &mut impl Write) -> io::Result<()> {
         if title.replace((row.job, row.offloads)) != Some((row.job, row.offloads)) {
             writeln!(
                 out,
-                "\n{:<44} {:>24} {:>22}",
+                "\n{:<44} {:>22} {:>20} {:>18}",
                 format!("{}, offloads {}", row.job, word(row.offloads)),
                 "Mbit/s",
-                "vvu ÷ this"
+                "vvu ÷ this",
+                "sent again"
             )?;
         }
         let Spread { median, least, most } = row.mbit_per_second;
         let rate = format!("{median:.0} [{least:.0}..{most:.0}]");
         let Spread { median, least, most } = row.ratio;
         let ratio = if row.way == Way::Vvu { String::new() } else { format!("{median:.2} [{least:.2}..{most:.2}]") };
-        writeln!(out, "  {:<42} {rate:>24} {ratio:>22}", row.way.to_string())?;
+        let Spread { median, least, most } = row.retransmits;
+        let again = format!("{median:.0} [{least:.0}..{most:.0}]");
+        writeln!(out, "  {:<42} {rate:>22} {ratio:>20} {again:>18}", row.way.to_string())?;
     }
     Ok(())
 }
