@@ -72,6 +72,8 @@ pub struct Status {
     pub appliance: Option<ApplianceStatus>,
     /// Deaths that were repaired.
     pub restarts: u64,
+    /// Its ports, each as the operator sees it.
+    pub ports: Vec<serde_json::Value>,
     pids: LivePids,
 }
 
