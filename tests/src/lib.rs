@@ -9,6 +9,8 @@
 //! - [`driver_vm`]: boots a driver VM and runs shell commands in it; [`driver_image`]: what it boots.
 //! - [`backend`] and [`network`]: what serves the disk, or the network: `vvu`, or for comparison a back-end directly on the
 //!   host.
+//! - [`network`] has what lies between two driver VMs: streams that are checked, the cards' statistics, a cable between two
+//!   appliances. `vvu-station` (`tests/station`) is what runs in the driver VM for it.
 //! - [`vvu_run`]: one `vvu run` and all of its processes.
 //! - [`witness`]: a load in the driver VM that knows what the disk must hold.
 //! - [`surroundings`]: storage that fails.

@@ -6,6 +6,7 @@
 //! Both have four pairs of queues.
 
 use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 use vvu_tests::driver_vm::{DriverVm, DriverVmPlan};
 use vvu_tests::iperf::{self, Direction};
 use vvu_tests::network::statistics::{packet_sizes, sending_kicks, statistic};
@@ -315,5 +316,11 @@ fn hostile_driver(run: &mut VvuRun, left: &mut Machine, right: &mut Machine) -> 
     ensure!(pings.contains(" 0% packet loss"), "meanwhile: {pings}");
     let after = run.status()?;
     ensure!(before.appliance == after.appliance && before.restarts == after.restarts, "{before:?}, then {after:?}");
+    for (port, (before, after)) in (0..).zip(before.ports.iter().zip(&after.ports)) {
+        let broken = |status: &Value| status.pointer("/counters/broken").and_then(Value::as_u64);
+        let (before, after) = (broken(before).context("no counters")?, broken(after).context("no counters")?);
+        let expected = if port == LEFT[1] { ATTACKS.len() as u64 } else { 0 };
+        ensure!(after - before == expected, "{} rings of port {port} were broken", after - before);
+    }
     Ok(())
 }
