@@ -107,7 +107,7 @@ impl Run<'_> {
     }
 
     fn resize(&mut self, size_bytes: u64, shrink: bool, replies: Replies) {
-        match self.changeable().and_then(|id| Ok((self.fleet.qmp(id), self.resizable()?))) {
+        match self.changeable().and_then(|id| Ok((self.fleet.qmp(id), self.resizable(size_bytes)?))) {
             Ok((qmp, image)) => {
                 let resize = Resize { image, size_bytes, shrink, qmp };
                 // It talks to QEMU, which may take its time, and it is not taken back if nobody waits any more.
@@ -169,18 +169,18 @@ impl Run<'_> {
         });
     }
 
-    /// The image of the disk that is served.
-    fn resizable(&self) -> Result<Image, String> {
+    /// The image of the disk that is served, if that can have another size.
+    fn resizable(&self, size_bytes: u64) -> Result<Image, String> {
         let device = self.plan.config.back_ends.first().map(|back_end| &back_end.device);
         match (device, self.plan.disks.first()) {
             (Some(Device::Blk(options)), Some(disk)) if options.image.format == Format::Raw => Ok(disk.image.clone()),
             (Some(Device::Blk(_)), Some(disk)) => {
                 let path = &disk.image.path;
                 Err(format!(
-                    "a qcow2 image keeps its size while it is served; end the run, then: qemu-img resize {path}"
+                    "a qcow2 image keeps its size while it is served; end the run, then: qemu-img resize -f qcow2 {path} {size_bytes}"
                 ))
             }
-            _ => Err(format!("a {} device has no size", self.plan.class.name())),
+            _ => Err(format!("a device of class {} has no size", self.plan.class.name())),
         }
     }
 

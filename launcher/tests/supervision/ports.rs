@@ -94,6 +94,36 @@ fn a_change_that_the_back_end_agrees_to_is_kept_for_the_next_appliance() {
 }
 
 #[test]
+fn the_status_has_what_the_back_end_has_counted() {
+    let mut run = switch();
+    run.event("ready");
+    let status = |more: &[&str]| run.operator("status", more).spawn().unwrap();
+    let without = last_reply(&status(&["--json"]).wait_with_output().unwrap(), 0);
+    let why = without["counters_missing"].as_str().unwrap();
+    assert!(why.contains("cannot be connected to"), "{why}");
+    assert!(without["ports"][0].get("counters").is_none(), "{without}");
+
+    let listener = UnixListener::bind(run.private("ch0-1.sock")).unwrap();
+    let counted = r#"{"return":{"ports":[{"counters":{"tx_packets":3}},{"counters":{"rx_filtered":4,"tx_bytes":0}}],"uplink":{"rx_bytes":5}}}"#;
+    let asking = status(&["--json"]);
+    assert_eq!(answer_one(&listener, counted), json!({ "query": {} }));
+    let with = last_reply(&asking.wait_with_output().unwrap(), 0);
+    let counters = (&with["ports"][0]["counters"], &with["ports"][1]["counters"], &with["uplink_counters"]);
+    let expected =
+        (&json!({ "tx_packets": 3 }), &json!({ "rx_filtered": 4, "tx_bytes": 0 }), &json!({ "rx_bytes": 5 }));
+    assert_eq!(counters, expected);
+
+    let asking = status(&[]);
+    answer_one(&listener, counted);
+    let text = String::from_utf8(asking.wait_with_output().unwrap().stdout).unwrap();
+    for line in ["counters   tx_packets 3\n", "counters   rx_filtered 4\n", "uplink     rx_bytes 5\n"] {
+        assert!(text.contains(line), "{text}");
+    }
+    run.signal(Signal::TERM);
+    run.finish(0);
+}
+
+#[test]
 fn a_change_that_does_not_fit_never_reaches_the_appliance() {
     let mut run = switch();
     run.event("ready");
@@ -103,7 +133,7 @@ fn a_change_that_does_not_fit_never_reaches_the_appliance() {
         String::from_utf8(output.stderr).unwrap()
     };
     assert!(refusal("link", &["up", "--port", "2"]).contains("no port 2"));
-    assert!(refusal("resize", &["4M"]).contains("a net device has no size"));
+    assert!(refusal("resize", &["4M"]).contains("a device of class net has no size"));
     let line = refusal("limit", &["--iops", "1"]);
     assert!(line.contains("the appliance VM's channel cannot be connected to"), "{line}");
     run.signal(Signal::TERM);
