@@ -17,7 +17,7 @@ pub enum Extra {
     StorageDaemon,
     /// `usr/libexec/virtiofsd`.
     Virtiofsd,
-    /// `usr/bin/iperf3` and `usr/sbin/ethtool`, for the driver VM.
+    /// `usr/bin/iperf3`, `usr/sbin/ethtool` and `usr/bin/socat`, which knows virtio's own sockets too: for the driver VM.
     Network,
     /// `usr/bin/passt`, a network back-end on the host.
     Passt,
@@ -25,8 +25,6 @@ pub enum Extra {
     Dpdk,
     /// `usr/bin/vhost-device-vsock`, of the release that comes next.
     VhostDeviceVsock,
-    /// `usr/bin/socat`, which knows sockets of virtio's own address family, too.
-    Socat,
 }
 
 impl Extra {
@@ -56,11 +54,10 @@ impl Extra {
         match self {
             Self::StorageDaemon => &["qemu-storage-daemon"],
             Self::Virtiofsd => &["virtiofsd"],
-            Self::Network => &["iperf3", "ethtool"],
+            Self::Network => &["iperf3", "ethtool", "socat"],
             Self::Passt => &["passt"],
             Self::Dpdk => &["dpdk-testpmd"],
             Self::VhostDeviceVsock => &["vhost-device-vsock"],
-            Self::Socat => &["socat"],
         }
     }
 
@@ -68,11 +65,12 @@ impl Extra {
         match self {
             Self::StorageDaemon => Step::qemu(),
             Self::Virtiofsd => Step::extra("virtiofsd", "virtiofsd", &["virtiofsd"]),
-            Self::Network => Step::extra("network", "network programs of the driver VM", &["ethtool", "iperf3"]),
+            Self::Network => {
+                Step::extra("network", "network programs of the driver VM", &["ethtool", "iperf3", "socat"])
+            }
             Self::Passt => Step::extra("passt", "passt", &["passt"]),
             Self::Dpdk => Step::extra("dpdk", "DPDK", &["dpdk-dev", "librte-net-vhost25"]),
             Self::VhostDeviceVsock => Step::next_release("vsock", "vhost-device-vsock", &["vhost-device-vsock"]),
-            Self::Socat => Step::extra("socat", "socat", &["socat"]),
         }
     }
 }
@@ -87,8 +85,7 @@ mod tests {
         assert_eq!(name(Extra::StorageDaemon), Step::qemu().directory_name());
         assert!(name(Extra::Virtiofsd).starts_with("virtiofsd-"));
         // An older recipe of a step is removed by its name, so no two steps share one.
-        let extras =
-            [Extra::Virtiofsd, Extra::Network, Extra::Passt, Extra::Dpdk, Extra::VhostDeviceVsock, Extra::Socat];
+        let extras = [Extra::Virtiofsd, Extra::Network, Extra::Passt, Extra::Dpdk, Extra::VhostDeviceVsock];
         let names = extras.map(|extra| extra.step().name);
         let others = [Step::kernel(), Step::qemu(), Step::driver(), Step::qemu_distribution("x")].map(|step| step.name);
         assert!(names.iter().all(|name| !others.contains(name)));

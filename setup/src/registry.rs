@@ -23,8 +23,6 @@ pub enum RegistryProgram {
     Fsx,
     /// What POSIX says about file systems, call by call.
     Pjdfstest,
-    /// A console device.
-    VhostDeviceConsole,
     /// A device that gives random bytes.
     VhostDeviceRng,
 }
@@ -40,7 +38,6 @@ impl RegistryProgram {
         match self {
             Self::Fsx => ("fsx", "0.3.2"),
             Self::Pjdfstest => ("pjdfstest", "0.2.2"),
-            Self::VhostDeviceConsole => ("vhost-device-console", "0.1.0"),
             Self::VhostDeviceRng => ("vhost-device-rng", "0.1.0"),
         }
     }

@@ -69,7 +69,7 @@ impl DriverImage {
                 build_driver_image(setup, DRIVER_INIT, &extras, out)?;
             }
             Self::Peripherals => {
-                let programs = [(Extra::Socat.root()?, "socat")];
+                let programs = [(Extra::Network.root()?, "socat")];
                 let modules = ["virtio_rng", "vmw_vsock_virtio_transport"];
                 let extras = DriverExtras { programs: &programs, modules: &modules, ..DriverExtras::default() };
                 build_driver_image(setup, DRIVER_INIT, &extras, out)?;
