@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -40,7 +40,17 @@ pub fn allocated(path: &Path) -> Result<u64> {
 /// # Errors
 /// If the file cannot be read.
 pub fn sha256(path: &Path) -> Result<String> {
+    sha256_of_part(path, 0, u64::MAX)
+}
+
+/// The same of the `len` bytes that begin at `start`, or of as many as there are.
+///
+/// # Errors
+/// If the file cannot be read.
+pub fn sha256_of_part(path: &Path, start: u64, len: u64) -> Result<String> {
     let mut file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
+    file.seek(SeekFrom::Start(start))?;
+    let mut file = file.take(len);
     let mut hasher = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
     loop {
@@ -106,5 +116,14 @@ mod tests {
         let image = create(&folder.path().join("disk.img"), 3 << 20).unwrap();
         let expected = output_of(Command::new("sha256sum").arg(&image)).unwrap();
         assert_eq!(sha256(&image).unwrap(), expected.split_whitespace().next().unwrap());
+    }
+
+    #[test]
+    fn a_part_has_the_hash_that_it_has_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let (whole, part) = (folder.path().join("whole"), folder.path().join("part"));
+        std::fs::write(&whole, b"before, inside, after").unwrap();
+        std::fs::write(&part, b"inside").unwrap();
+        assert_eq!(sha256_of_part(&whole, 8, 6).unwrap(), sha256(&part).unwrap());
     }
 }

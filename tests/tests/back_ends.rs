@@ -13,6 +13,7 @@ use vvu_tests::driver_vm::{Disk, DriverVm, DriverVmPlan, Network, Peripheral, Sh
 use vvu_tests::files::Files;
 use vvu_tests::image_file::create;
 use vvu_tests::process::output_of;
+use vvu_tests::qmp::Qmp;
 use vvu_tests::testbed::{Testbed, machine_test};
 use vvu_tests::vvu_run::VvuRun;
 
@@ -41,18 +42,7 @@ fn overlay(testbed: &Testbed, overlay: Overlay) -> Result<PathBuf> {
 /// Asks QEMU's monitor behind a channel one question.
 fn ask_monitor(socket: &Path, question: &str) -> Result<serde_json::Value> {
     let stream = UnixStream::connect(socket).with_context(|| format!("cannot reach {}", socket.display()))?;
-    stream.set_read_timeout(Some(ANSWER_PATIENCE))?;
-    let (mut to, mut from) = (stream.try_clone()?, BufReader::new(stream));
-    let mut line = String::new();
-    from.read_line(&mut line)?;
-    ensure!(line.contains("\"QMP\""), "the monitor greets with {line}");
-    for request in ["qmp_capabilities", question] {
-        writeln!(to, "{}", serde_json::json!({ "execute": request }))?;
-        line.clear();
-        from.read_line(&mut line)?;
-    }
-    let answer: serde_json::Value = serde_json::from_str(&line).with_context(|| format!("the monitor says {line}"))?;
-    answer.get("return").cloned().with_context(|| format!("the monitor says {line}"))
+    Qmp::greet(stream)?.execute(question)
 }
 
 /// Path: QEMU's own block layer in the appliance, which alone reads the qcow2 image and its backing file; the driver VM's

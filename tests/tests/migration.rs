@@ -2,15 +2,15 @@
 //! shared storage.
 
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::Read;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use vvu_tests::backend::{Backend, Served, ServedImage};
 use vvu_tests::driver_vm::{Disk, DriverVm, DriverVmPlan};
-use vvu_tests::image_file::{create, sha256};
+use vvu_tests::image_file::{create, sha256_of_part};
 use vvu_tests::testbed::{Testbed, machine_test};
 use vvu_tests::witness::{Load, Witness, check_kernel_log};
 
@@ -53,7 +53,8 @@ impl Moving<'_> {
         })?;
         self.vm = vm;
         // Now from the same pages: the disk is not asked again.
-        let (kept, stored) = (self.vm.run(&still_part(self.moves))?, still_part_in(&self.image, self.moves)?);
+        let (kept, stored) =
+            (self.vm.run(&still_part(self.moves))?, sha256_of_part(&self.image, still_start(self.moves), STILL_LEN)?);
         ensure!(read.contains(&stored), "the disk has {stored}, the machine read {read}");
         ensure!(kept.contains(&stored), "the disk has {stored}, the machine keeps {kept} after its move");
         self.witness.follow(&ledger)?;
@@ -83,15 +84,6 @@ fn still_start(moves: u32) -> u64 {
 fn still_part(moves: u32) -> String {
     let (skip, count) = (still_start(moves) / MIB, STILL_LEN / MIB);
     format!("dd if=/dev/vda bs=1M skip={skip} count={count} 2>/dev/null | sha256sum")
-}
-
-/// What the image has there, in the form of `sha256sum`.
-fn still_part_in(image: &Path, moves: u32) -> Result<String> {
-    let part = image.with_extension("part");
-    let mut whole = File::open(image)?;
-    whole.seek(SeekFrom::Start(still_start(moves)))?;
-    io::copy(&mut whole.take(STILL_LEN), &mut File::create(&part)?)?;
-    sha256(&part)
 }
 
 fn plan<'a>(testbed: &'a Testbed, name: &str, served: &Served) -> DriverVmPlan<'a> {
