@@ -20,7 +20,7 @@ use crate::driver_vm::{Disk, DriverVm, DriverVmPlan, kvm_is_usable};
 use crate::evidence;
 use crate::fio::{Figures, Job};
 use crate::image_file::create;
-use crate::testbed::Testbed;
+use crate::testbed::{Testbed, Turn};
 
 pub mod memory;
 pub mod network;
@@ -112,7 +112,7 @@ struct VvuFigures {
 /// # Errors
 /// If a machine does not come up, fio fails, or the output is closed.
 pub fn run(options: &BenchOptions) -> Result<()> {
-    let testbed = Testbed::open("bench")?;
+    let testbed = Testbed::open("bench", Turn::Alone)?;
     let image = create(&testbed.folder().join("disk.img"), options.image_len)?;
     fill(&image, options.image_len)?;
     let served = ServedImage::writable(&image);

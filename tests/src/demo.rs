@@ -16,7 +16,7 @@ use crate::evidence::{self, Moved};
 use crate::files::Files;
 use crate::image_file::{allocated, create, file_system_state};
 use crate::process::output_of;
-use crate::testbed::Testbed;
+use crate::testbed::{Testbed, Turn};
 use crate::vvu_run::VvuRun;
 
 /// Length of the demo's disk.
@@ -49,7 +49,7 @@ struct Seen {
 /// The first thing that did not hold.
 pub fn run(options: &DemoOptions) -> Result<()> {
     let start = Instant::now();
-    let testbed = Testbed::open("demo")?;
+    let testbed = Testbed::open("demo", Turn::Alone)?;
     println!("vvu: a disk whose emulation runs in a VM of its own");
     println!("everything here is real: two VMs, stock QEMU, stock kernels, one image file");
     let result = play(&testbed, start);

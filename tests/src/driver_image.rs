@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result, ensure};
 use vvu_guest_image::{DriverExtras, build_driver_image, static_program};
@@ -28,16 +28,17 @@ pub enum DriverImage {
 
 impl DriverImage {
     /// The image, which is built once per process: it depends on nothing but the set-up, the script and the programs.
+    /// Different ones are built side by side.
     pub(crate) fn built(self, setup: &Setup, folder: &Path) -> Result<PathBuf> {
-        static BUILT: Mutex<BTreeMap<DriverImage, PathBuf>> = Mutex::new(BTreeMap::new());
-        let mut built = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(path) = built.get(&self) {
+        static BUILT: Mutex<BTreeMap<DriverImage, Arc<Mutex<Option<PathBuf>>>>> = Mutex::new(BTreeMap::new());
+        let of_kind = Arc::clone(BUILT.lock().unwrap_or_else(PoisonError::into_inner).entry(self).or_default());
+        let mut built = of_kind.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(path) = &*built {
             return Ok(path.clone());
         }
         let path = folder.join(self.file_name());
         self.build(setup, &path).with_context(|| format!("cannot build the driver VM's image {}", path.display()))?;
-        built.insert(self, path.clone());
-        Ok(path)
+        Ok(built.insert(path).clone())
     }
 
     const fn file_name(self) -> &'static str {

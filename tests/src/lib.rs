@@ -1,6 +1,6 @@
 //! Whole machines: a driver VM, the bridge and an appliance VM together, as an operator runs them.
 //!
-//! The crate is a harness and its three users: the whole-machine tests (`tests/tests/*.rs`), [`demo`] (the main job in
+//! The crate is a harness and its three users: the whole-machine tests (`tests/tests/machines/`), [`demo`] (the main job in
 //! front of a person's eyes) and [`mod@bench`] (figures, always as ratios to a vhost-user back-end on the host). All three
 //! start the same real programs: stock QEMU, a stock kernel, the `vvu` command and a real image file.
 //!

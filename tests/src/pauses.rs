@@ -14,7 +14,7 @@ use crate::bench::Spread;
 use crate::driver_vm::{Disk, DriverVm, DriverVmPlan, kvm_is_usable};
 use crate::image_file::create;
 use crate::loss::{self, Loss};
-use crate::testbed::Testbed;
+use crate::testbed::{Testbed, Turn};
 use crate::vvu_run::VvuRun;
 use crate::witness::{Load, Witness, check_kernel_log};
 
@@ -53,7 +53,7 @@ struct Report {
 /// # Errors
 /// If something does not come back, or the driver VM sees an error.
 pub fn run(options: &PausesOptions) -> Result<()> {
-    let testbed = Testbed::open("pauses")?;
+    let testbed = Testbed::open("pauses", Turn::Alone)?;
     let mut rows = behind_one_socket(&testbed, options.rounds)?;
     rows.push(migrations(&testbed, options.rounds)?);
     let accelerator = if kvm_is_usable() { "kvm" } else { "tcg" };

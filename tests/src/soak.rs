@@ -19,7 +19,7 @@ use crate::driver_vm::{Disk, DriverVm, DriverVmPlan};
 use crate::footprint::Footprint;
 use crate::image_file::create;
 use crate::loss::{self, Loss};
-use crate::testbed::Testbed;
+use crate::testbed::{Testbed, Turn};
 use crate::vvu_run::VvuRun;
 use crate::witness::{Load, Witness, check_kernel_log};
 
@@ -122,7 +122,7 @@ struct Report {
 /// # Errors
 /// If an iteration does not hold; the text says which one, and how to repeat it.
 pub fn run(options: &SoakOptions) -> Result<()> {
-    let testbed = Testbed::open("soak")?;
+    let testbed = Testbed::open("soak", Turn::Shared)?;
     eprintln!("soak: {} iterations, seed {}", options.iterations, options.seed);
     let mut report =
         Report { seed: options.seed, iterations: options.iterations, held: Vec::new(), requests: 0, failure: None };

@@ -17,13 +17,40 @@ use crate::process::last_lines;
 /// Lines of each log that a failing test prints.
 const PRINTED_LINES: usize = 40;
 
-/// The place of one test, demo or bench run. While it lives, no other one starts machines on this checkout.
+/// Who else may run machines on this checkout.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Turn {
+    /// Others that share: they make each other slow, and nothing else.
+    Shared,
+    /// Nobody: what is measured depends on it.
+    Alone,
+}
+
+impl Turn {
+    /// Waits for the turn. Whoever waits keeps those behind it from overtaking: else it would wait until no test is left.
+    fn take(self, directory: &Path) -> Result<File> {
+        let open = |name: &str| {
+            let path = directory.join(name);
+            File::create(&path).with_context(|| format!("cannot make {}", path.display()))
+        };
+        let (next, turn) = (open("next.lock")?, open("turn.lock")?);
+        next.lock().context("cannot wait to be the next on the machine")?;
+        let taken = match self {
+            Self::Shared => turn.lock_shared(),
+            Self::Alone => turn.lock(),
+        };
+        taken.context("cannot wait for a turn on the machine")?;
+        Ok(turn)
+    }
+}
+
+/// The place of one test, demo or bench run.
 #[derive(Debug)]
 pub struct Testbed {
     folder: PathBuf,
     sockets: TempDir,
     setup: Setup,
-    /// Holds the lock; machines of two tests at a time would make both slow and neither's times comparable.
+    /// Holds the lock.
     _turn: File,
 }
 
@@ -32,12 +59,11 @@ impl Testbed {
     ///
     /// # Errors
     /// If there is no set-up (the text says which command makes one) or the file system refuses.
-    pub fn open(name: &str) -> Result<Self> {
+    pub fn open(name: &str, turn: Turn) -> Result<Self> {
         let setup = Setup::load()?;
         let root = target_dir()?.join("machine-tests");
         fs::create_dir_all(&root).with_context(|| format!("cannot make {}", root.display()))?;
-        let turn = File::create(root.join("turn.lock")).context("cannot make the turn's lock")?;
-        turn.lock().context("cannot wait for a turn on the machine")?;
+        let turn = turn.take(&root)?;
         let folder = root.join(name);
         match fs::remove_dir_all(&folder) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -114,12 +140,24 @@ impl Testbed {
     }
 }
 
-/// Runs one whole-machine test. If it fails or panics, the last lines of all its logs are printed and its images stay.
+/// Runs one whole-machine test, beside others. If it fails or panics, the last lines of all its logs are printed and its
+/// images stay.
 ///
 /// # Errors
 /// What the test returns, and what [`Testbed::open`] says.
 pub fn machine_test(name: &str, story: impl FnOnce(&Testbed) -> Result<()>) -> Result<()> {
-    let testbed = Testbed::open(name)?;
+    machine_test_in(Testbed::open(name, Turn::Shared)?, name, story)
+}
+
+/// The same for a test whose verdict is about time: no other one runs.
+///
+/// # Errors
+/// As [`machine_test`].
+pub fn timed_machine_test(name: &str, story: impl FnOnce(&Testbed) -> Result<()>) -> Result<()> {
+    machine_test_in(Testbed::open(name, Turn::Alone)?, name, story)
+}
+
+fn machine_test_in(testbed: Testbed, name: &str, story: impl FnOnce(&Testbed) -> Result<()>) -> Result<()> {
     let start = Instant::now();
     match catch_unwind(AssertUnwindSafe(|| story(&testbed))) {
         Ok(Ok(())) => {

@@ -16,7 +16,7 @@ use crate::driver_vm::{Disk, DriverVm, DriverVmPlan, Network, SharedFolder, kvm_
 use crate::evidence::{self, FileMap};
 use crate::image_file::create;
 use crate::network::Port;
-use crate::testbed::Testbed;
+use crate::testbed::{Testbed, Turn};
 use crate::vvu_run::{VvuRun, appliance_dir};
 
 /// Length of each disk in bytes.
@@ -62,7 +62,7 @@ struct Device {
 /// # Errors
 /// If a machine does not come up, or the output is closed.
 pub fn run(json: bool) -> Result<()> {
-    let testbed = Testbed::open("bench-memory")?;
+    let testbed = Testbed::open("bench-memory", Turn::Alone)?;
     let ports = [1, 2].map(|number| Port::new(&testbed, number));
     let devices = start(&testbed, &ports)?;
     let socket = |index: usize| devices.get(index).map(|device| device.run.socket()).context("too few devices");

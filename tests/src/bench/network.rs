@@ -22,7 +22,7 @@ use crate::iperf::{self, Direction, Throughput};
 use crate::network::{Port, ServedSwitch};
 use crate::packaged;
 use crate::process::{Process, command_that_dies_with_us, output_of};
-use crate::testbed::Testbed;
+use crate::testbed::{Testbed, Turn};
 
 /// Says that this process is in the namespace.
 const NAMESPACE_VARIABLE: &str = "VVU_BENCH_IN_NAMESPACE";
@@ -189,7 +189,7 @@ pub fn in_a_namespace(program: &OsStr, arguments: impl Iterator<Item = OsString>
 /// If this is not the benchmark's namespace, a machine does not come up, iperf3 fails, or the output is closed.
 pub fn run(options: &NetworkOptions) -> Result<()> {
     ensure!(is_in_a_namespace(), "the benchmark needs a network namespace of its own");
-    let testbed = Testbed::open("bench-network")?;
+    let testbed = Testbed::open("bench-network", Turn::Alone)?;
     let mut field = Field::start(&testbed)?;
     let mut rows = Vec::new();
     for offloads in [true, false] {

@@ -110,7 +110,8 @@ fn a_disk_behind_an_iommu_translates_each_request() -> Result<()> {
     machine_test("a_disk_behind_an_iommu_translates_each_request", |testbed| {
         let image = image(testbed, "disk", 64 * MIB)?;
         let mut run = VvuRun::start_with(testbed, "disk", &ServedImage::writable(&image), &loss::OPTIONS)?;
-        let mut witness = Witness::new(testbed, "witness", 6, Load::default())?;
+        // Each request is a question to QEMU: few of them are enough, and slow.
+        let mut witness = Witness::new(testbed, "witness", 6, Load { blocks: 512, ..Load::default() })?;
         let disk = Disk::at(run.socket()).behind_iommu();
         let mut vm = DriverVmPlan::new(testbed, "driver").disk(disk).iommu().ledger(witness.ledger()).boot()?;
         let group = vm.run("readlink -f /sys/block/vda/device/../iommu_group")?;
