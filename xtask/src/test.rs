@@ -18,6 +18,9 @@ const SETUP: &str = "set-up";
 const IMAGE: &str = "image";
 const PROGRAMS: &str = "programs";
 
+/// Unit tests that run at the same time, however many cores there are: the longest ones wait for a peer that says nothing.
+const UNIT_TESTS_AT_ONCE: usize = 8;
+
 /// Whole-machine tests that run at the same time: a machine that boots keeps one core busy.
 const MACHINE_TESTS_AT_ONCE: usize = 2;
 
@@ -40,7 +43,8 @@ pub(crate) fn run(workspace: &Workspace, options: &Test) -> anyhow::Result<bool>
     check(&mut report, SETUP, || image::ensure_setup().map(drop));
     check(&mut report, PROGRAMS, || workspace.build_programs(Profile::Dev));
     let unit = ["test", "--workspace", "--exclude", "vvu-tests", "--exclude", "vvu-simulation", "--no-fail-fast"];
-    tests(&mut report, "unit and property tests", &mut cargo(&unit));
+    let threads = format!("--test-threads={UNIT_TESTS_AT_ONCE}");
+    tests(&mut report, "unit and property tests", cargo(&unit).arg("--").arg(threads));
     tests(&mut report, "simulation", &mut simulate::command(workspace, None));
     let harness = ["test", "--package", "vvu-tests", "--lib", "--no-fail-fast"];
     tests(&mut report, "unit tests of the machine harness", &mut cargo(&harness));
