@@ -1,4 +1,4 @@
-//! The appliance image: a stock kernel, and an initramfs that holds only what runs in it.
+//! The appliance image: a stock kernel, unpacked, and an initramfs that holds only what runs in it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,6 +8,7 @@ use vvu_setup::Setup;
 use crate::binaries::{ApplianceBinaries, build_appliance_binaries};
 use crate::error::{ImageError, at};
 use crate::initramfs::{DeviceKind, Initramfs};
+use crate::kernel::kernel_elf;
 use crate::manifest::{FileRecord, Manifest};
 use crate::modules::ModuleTree;
 
@@ -42,7 +43,7 @@ const UPLINK_MODULES: [&str; 3] = ["virtio_net", "tun", "bridge"];
 /// The files of a built image.
 #[derive(Clone, Debug)]
 pub struct ApplianceFiles {
-    /// Kernel image.
+    /// Kernel, an ELF file.
     pub kernel: PathBuf,
     /// Initramfs.
     pub initrd: PathBuf,
@@ -52,7 +53,7 @@ pub struct ApplianceFiles {
     pub manifest: Manifest,
 }
 
-/// Builds the programs of a workspace and of them `vmlinuz`, `initrd` and `manifest.json`, in `appliance` below the
+/// Builds the programs of a workspace and of them `vmlinux`, `initrd` and `manifest.json`, in `appliance` below the
 /// given target directory.
 ///
 /// # Errors
@@ -60,12 +61,14 @@ pub struct ApplianceFiles {
 pub fn build_appliance_image(setup: &Setup, workspace: &Path, target: &Path) -> Result<ApplianceFiles, ImageError> {
     let binaries = build_appliance_binaries(workspace, target)?;
     let (image, modules) = appliance_initramfs(setup, &binaries)?;
-    let kernel = fs::read(&setup.kernel).map_err(at(&setup.kernel))?;
+    let packed_kernel = fs::read(&setup.kernel).map_err(at(&setup.kernel))?;
+    let kernel =
+        kernel_elf(&packed_kernel).map_err(|source| ImageError::Kernel { path: setup.kernel.clone(), source })?;
     // Not compressed: QEMU hands it over faster than a guest unpacks it, above all without KVM.
     let initrd = image.finish()?;
     let manifest = Manifest {
         kernel_release: setup.kernel_release.clone(),
-        kernel: FileRecord::of("vmlinuz", &kernel),
+        kernel: FileRecord::of("vmlinux", &kernel),
         initrd: FileRecord::of("initrd", &initrd),
         files: image.files(),
         modules,
@@ -74,10 +77,10 @@ pub fn build_appliance_image(setup: &Setup, workspace: &Path, target: &Path) -> 
     fs::create_dir_all(&directory).map_err(at(&directory))?;
     let mut json = serde_json::to_vec_pretty(&manifest)?;
     json.push(b'\n');
-    for (name, bytes) in [("vmlinuz", &kernel), ("initrd", &initrd), ("manifest.json", &json)] {
+    for (name, bytes) in [("vmlinux", &kernel), ("initrd", &initrd), ("manifest.json", &json)] {
         write_whole(&directory.join(name), bytes)?;
     }
-    Ok(ApplianceFiles { kernel: directory.join("vmlinuz"), initrd: directory.join("initrd"), binaries, manifest })
+    Ok(ApplianceFiles { kernel: directory.join("vmlinux"), initrd: directory.join("initrd"), binaries, manifest })
 }
 
 /// The appliance's initramfs and all of its modules in load order.

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use crate::kernel::KernelError;
+
 /// Why an image cannot be built.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
@@ -49,6 +51,14 @@ pub enum ImageError {
         path: PathBuf,
         /// What the decoder says.
         source: lzma_rs::error::Error,
+    },
+    /// The kernel cannot be given to QEMU unpacked.
+    #[error("cannot unpack the kernel {}: {source}; name another one to `cargo xtask setup --kernel`", path.display())]
+    Kernel {
+        /// The kernel image.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: KernelError,
     },
     /// A program, library or module is no 64-bit ELF file, or a damaged one.
     #[error("{} is not a readable ELF file", path.display())]

@@ -14,6 +14,7 @@ mod driver;
 mod elf;
 mod error;
 mod initramfs;
+mod kernel;
 mod manifest;
 mod modules;
 mod overlay;
@@ -24,6 +25,7 @@ pub use binaries::{ApplianceBinaries, build_appliance_binaries, build_driver_bin
 pub use driver::{DriverExtras, build_driver_image};
 pub use error::ImageError;
 pub use initramfs::{DeviceKind, Initramfs};
+pub use kernel::{KernelError, kernel_elf};
 pub use manifest::{FileRecord, Manifest};
 pub use modules::ModuleTree;
 pub use overlay::{Overlay, build_overlay};

@@ -75,9 +75,9 @@ mod tests {
     fn image() -> tempfile::TempDir {
         let directory = tempfile::tempdir().unwrap();
         let record = |path: &str| serde_json::json!({ "path": path, "size_bytes": 3, "sha256": HASH_OF_ABC });
-        let manifest = serde_json::json!({ "kernel": record("vmlinuz"), "initrd": record("initrd"), "more": 1 });
+        let manifest = serde_json::json!({ "kernel": record("vmlinux"), "initrd": record("initrd"), "more": 1 });
         std::fs::write(directory.path().join(MANIFEST_FILE), manifest.to_string()).unwrap();
-        for name in ["vmlinuz", "initrd"] {
+        for name in ["vmlinux", "initrd"] {
             std::fs::write(directory.path().join(name), "abc").unwrap();
         }
         directory
@@ -87,7 +87,7 @@ mod tests {
     fn files_are_held_against_the_manifest() {
         let directory = image();
         check(directory.path()).unwrap();
-        for (name, content) in [("initrd", "abd"), ("vmlinuz", "abcd")] {
+        for (name, content) in [("initrd", "abd"), ("vmlinux", "abcd")] {
             std::fs::write(directory.path().join(name), content).unwrap();
             let refusal = check(directory.path()).unwrap_err().to_string();
             assert!(refusal.contains(&format!("{name} differs")) && refusal.contains(REMEDY), "{refusal}");

@@ -78,7 +78,7 @@ pub(crate) fn find_appliance(argument: Option<&Path>) -> anyhow::Result<Applianc
         let text = path.to_str().with_context(|| format!("appliance image path {shown} is not valid UTF-8"))?;
         Ok(text.to_owned())
     };
-    Ok(ApplianceFiles { kernel: file("vmlinuz")?, initrd: file("initrd")?, directory: absolute })
+    Ok(ApplianceFiles { kernel: file("vmlinux")?, initrd: file("initrd")?, directory: absolute })
 }
 
 fn from_environment(name: &str) -> Option<PathBuf> {
@@ -137,11 +137,11 @@ mod tests {
     #[test]
     fn an_appliance_without_its_files_names_the_build_command() {
         let directory = tempfile::tempdir().unwrap();
-        std::fs::write(directory.path().join("vmlinuz"), "kernel").unwrap();
+        std::fs::write(directory.path().join("vmlinux"), "kernel").unwrap();
         let refusal = find_appliance(Some(directory.path())).unwrap_err().to_string();
         assert!(refusal.contains("has no initrd") && refusal.contains("cargo xtask image"), "{refusal}");
         std::fs::write(directory.path().join("initrd"), "initrd").unwrap();
         let files = find_appliance(Some(directory.path())).unwrap();
-        assert!(files.kernel.ends_with("/vmlinuz") && files.initrd.ends_with("/initrd"));
+        assert!(files.kernel.ends_with("/vmlinux") && files.initrd.ends_with("/initrd"));
     }
 }

@@ -330,7 +330,7 @@ mod tests {
             id: ApplianceId(3),
             append: Some("debug"),
             runtime_dir: "/run/user/0/vvu/a,b",
-            kernel: "/a/vmlinuz",
+            kernel: "/a/vmlinux",
             initrd: "/a/initrd",
             disks,
             nic: None,

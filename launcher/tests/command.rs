@@ -27,7 +27,7 @@ impl Place {
         let place = Self { directory };
         std::fs::write(place.path("disk.img"), vec![0; 1 << 20]).unwrap();
         std::fs::create_dir(place.path("appliance")).unwrap();
-        for name in ["vmlinuz", "initrd"] {
+        for name in ["vmlinux", "initrd"] {
             std::fs::write(place.path("appliance").join(name), "never booted").unwrap();
         }
         place
@@ -154,7 +154,7 @@ fn each_missing_part_is_named_with_its_remedy() {
             "--appliance",
             nothing.as_str(),
             format!(
-                "appliance image {nothing} has no vmlinuz; build it with: cargo xtask image (it writes \
+                "appliance image {nothing} has no vmlinux; build it with: cargo xtask image (it writes \
                  target/appliance) and name it with --appliance or $VVU_APPLIANCE"
             ),
         ),

@@ -126,7 +126,7 @@ fn an_upgrade_replaces_the_appliance_and_reports_the_pause() {
     run.console_is_up(3);
     let command_line = run.status()["standby"]["pid"].to_string();
     let command_line = std::fs::read(format!("/proc/{command_line}/cmdline")).unwrap();
-    assert!(String::from_utf8_lossy(&command_line).contains("other/vmlinuz"));
+    assert!(String::from_utf8_lossy(&command_line).contains("other/vmlinux"));
     run.signal(Signal::TERM);
     let (_, order) = run.finish(0);
     assert_eq!(order, "qemu qemu bridge");
@@ -217,7 +217,7 @@ fn what_cannot_be_upgraded_is_refused_in_one_line() {
     let (mut run, _) = Run::ready(UNTIL_SIGTERM, &[]);
     let refusal = run.operator("upgrade", &["--appliance", "/no/image"]).output().unwrap();
     let line = String::from_utf8(refusal.stderr).unwrap();
-    assert!(line.starts_with("vvu: appliance image /no/image has no vmlinuz") && line.lines().count() == 1, "{line}");
+    assert!(line.starts_with("vvu: appliance image /no/image has no vmlinux") && line.lines().count() == 1, "{line}");
     run.signal(Signal::TERM);
     run.finish(0);
 }

@@ -83,7 +83,7 @@ impl Stage {
         std::fs::write(path("disk.img"), vec![0; 1 << 20]).unwrap();
         for image in ["appliance", "other"] {
             std::fs::create_dir(path(image)).unwrap();
-            for name in ["vmlinuz", "initrd"] {
+            for name in ["vmlinux", "initrd"] {
                 std::fs::write(path(image).join(name), "never booted").unwrap();
             }
         }

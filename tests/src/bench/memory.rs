@@ -88,7 +88,7 @@ pub fn run(json: bool) -> Result<()> {
     let image_len = |name: &str| anyhow::Ok(fs::metadata(appliance_dir()?.join(name))?.len());
     let report = Report {
         accelerator: if kvm_is_usable() { "kvm" } else { "tcg" },
-        kernel_bytes: image_len("vmlinuz")?,
+        kernel_bytes: image_len("vmlinux")?,
         initramfs_bytes: image_len("initrd")?,
         rows,
     };

@@ -14,6 +14,7 @@ use super::{BOOT_PATIENCE, DriverVm};
 use crate::driver_image::DriverImage;
 use crate::process::{Process, Watched};
 use crate::testbed::Testbed;
+use crate::vvu_run::appliance_dir;
 
 /// QEMU 7.2's TCG now and then returns wrong flags from CMPXCHG16B, which the kernel's allocator uses if it is there.
 const CPU_OF_OLDER_QEMU: &str = "max,cx16=off";
@@ -324,7 +325,8 @@ impl<'a> DriverVmPlan<'a> {
             // Memory that only holds what can move can be pulled out again.
             let movable = if self.hot_plug { " memhp_default_state=online_movable" } else { "" };
             let image = self.testbed.driver_image(self.image())?;
-            line.option("-kernel", &self.testbed.setup().kernel).option("-initrd", image);
+            // The appliance's kernel: the stock one, unpacked already.
+            line.option("-kernel", appliance_dir()?.join("vmlinux")).option("-initrd", image);
             line.option("-append", format!("{KERNEL_COMMAND_LINE}{iommu}{movable}"));
         }
         Ok(line.0)
