@@ -1,0 +1,53 @@
+//! `vvu-bench`: see the library's text and `--help`.
+
+use std::io::{Write, stdout};
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::Parser;
+use vvu_bench::cli::{Cli, Command};
+use vvu_bench::outcome::Outcome;
+
+fn main() -> ExitCode {
+    match run(Cli::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Load(options) => {
+            let json = options.json;
+            print(&options.load().run()?, json)
+        }
+    }
+}
+
+fn print(outcome: &Outcome, json: bool) -> anyhow::Result<()> {
+    let mut out = stdout().lock();
+    if json {
+        serde_json::to_writer(&mut out, outcome)?;
+        return writeln!(out).context("cannot write the outcome");
+    }
+    let (latency, whole) = (&outcome.latency_us, &outcome.whole);
+    writeln!(
+        out,
+        "{:.0} each second, {:.1} MiB/s; latency {:.1} us (p50 {:.1}, p99 {:.1}, most {:.1}); \
+         {} kicks, {} calls, {} waits for {} requests",
+        outcome.iops,
+        outcome.mib_per_second,
+        latency.mean,
+        latency.p50,
+        latency.p99,
+        latency.max,
+        whole.kicks,
+        whole.calls,
+        whole.waits,
+        whole.requests
+    )
+    .context("cannot write the outcome")
+}

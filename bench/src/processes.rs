@@ -1,0 +1,91 @@
+//! What a load costs processes, from `/proc`.
+
+use std::fs;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+/// Sums over all threads of a process, since they started.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Usage {
+    /// How often a thread went to sleep: the number of times that it was woken.
+    pub voluntary_switches: u64,
+    /// How often a thread had to make room for another one.
+    pub involuntary_switches: u64,
+    /// Time on a processor, in nanoseconds.
+    pub processor_ns: u64,
+}
+
+/// A process, and what it took from one moment to another.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Process {
+    /// Its id.
+    pub pid: u32,
+    /// Its name, as the kernel has it.
+    pub name: String,
+    /// What it took.
+    pub usage: Usage,
+}
+
+/// What processes have taken so far. A process that does not exist has taken nothing.
+#[must_use]
+pub fn look_at(pids: &[u32]) -> Vec<Process> {
+    let look = |&pid: &u32| {
+        let directory = format!("/proc/{pid}");
+        let name = fs::read_to_string(format!("{directory}/comm")).unwrap_or_default().trim_end().to_owned();
+        Process { pid, name, usage: usage(Path::new(&directory)) }
+    };
+    pids.iter().map(look).collect()
+}
+
+/// What was taken between two looks at the same processes.
+#[must_use]
+pub fn between(before: &[Process], after: Vec<Process>) -> Vec<Process> {
+    let since = |(before, after): (&Process, Process)| Process { usage: after.usage.since(&before.usage), ..after };
+    before.iter().zip(after).map(since).collect()
+}
+
+impl Usage {
+    /// What came after an earlier look; a thread that ended in between takes its share along.
+    fn since(&self, earlier: &Self) -> Self {
+        Self {
+            voluntary_switches: self.voluntary_switches.saturating_sub(earlier.voluntary_switches),
+            involuntary_switches: self.involuntary_switches.saturating_sub(earlier.involuntary_switches),
+            processor_ns: self.processor_ns.saturating_sub(earlier.processor_ns),
+        }
+    }
+}
+
+fn usage(process: &Path) -> Usage {
+    let mut sum = Usage::default();
+    let tasks = fs::read_dir(process.join("task")).into_iter().flatten().flatten();
+    for task in tasks {
+        // Threads may end meanwhile.
+        let status = fs::read_to_string(task.path().join("status")).unwrap_or_default();
+        sum.voluntary_switches += field(&status, "voluntary_ctxt_switches:");
+        sum.involuntary_switches += field(&status, "nonvoluntary_ctxt_switches:");
+        let schedstat = fs::read_to_string(task.path().join("schedstat")).unwrap_or_default();
+        sum.processor_ns += schedstat.split(' ').next().and_then(|ns| ns.parse().ok()).unwrap_or(0);
+    }
+    sum
+}
+
+fn field(status: &str, name: &str) -> u64 {
+    let line = status.lines().find_map(|line| line.strip_prefix(name));
+    line.and_then(|value| value.trim().parse().ok()).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_that_sleeps_is_seen_and_one_that_never_was_took_nothing() {
+        let own = [std::process::id(), u32::MAX];
+        let before = look_at(&own);
+        std::thread::sleep(std::time::Duration::from_millis(1));
+        let taken = between(&before, look_at(&own));
+        assert!(taken[0].usage.voluntary_switches >= 1 && !taken[0].name.is_empty(), "{taken:?}");
+        assert_eq!(taken[1].usage, Usage::default());
+    }
+}
