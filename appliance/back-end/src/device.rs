@@ -88,6 +88,12 @@ pub trait Device: Send + Sync + 'static {
         Err(DeviceError::new("the device announces no addresses"))
     }
 
+    /// The CPU for the thread of a queue; None to leave that to the kernel.
+    fn cpu_of_queue(&self, index: u16) -> Option<usize> {
+        let _ = index;
+        None
+    }
+
     /// Serves one ring until it is to stop, on the thread of its queue. To return before that is a failure, after which the
     /// ring waits for the front-end to start it anew.
     ///

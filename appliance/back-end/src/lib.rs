@@ -16,10 +16,12 @@
 //! - shared with the front-end: [`inflight`], [`dirty_log`], on `shared_mapping` (unsafe)
 //! - the program around it: [`program`], [`listener`], [`signals`] and [`lost_memory`] (both unsafe), `descriptors` (unsafe)
 //! - for operators: [`rate_limit`] (pure), [`control_channel`]
-//! - [`wakeup`], [`log_limit`], [`in_one_line()`]
+//! - threads: [`polling`] (pure), [`cpus`], [`wakeup`]
+//! - [`log_limit`], [`in_one_line()`]
 
 mod chain;
 pub mod control_channel;
+pub mod cpus;
 mod descriptors;
 mod device;
 pub mod dirty_log;
@@ -33,6 +35,7 @@ pub mod lost_memory;
 mod memory;
 mod notices;
 mod place;
+pub mod polling;
 pub mod program;
 pub mod rate_limit;
 mod ring;

@@ -71,12 +71,18 @@ impl RateLimit {
         self.limited.store(limits != Limits::default(), Ordering::Relaxed);
     }
 
+    /// There is a limit. If not, [`RateLimit::take`] always succeeds, and nobody needs to ask the clock for it.
+    #[must_use]
+    pub fn is_limited(&self) -> bool {
+        self.limited.load(Ordering::Relaxed)
+    }
+
     /// Takes the tokens for `operations` with `bytes` of data in all.
     ///
     /// # Errors
     /// When to ask again, less than or at a tenth of a second from now; nothing was taken.
     pub fn take(&self, operations: u64, bytes: u64, now: Instant) -> Result<(), Instant> {
-        if !self.limited.load(Ordering::Relaxed) {
+        if !self.is_limited() {
             return Ok(());
         }
         let mut state = self.lock();

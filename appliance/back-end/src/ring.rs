@@ -262,7 +262,8 @@ impl Ring {
         Ok(u16::from_le(self.view.memory.load(address, Ordering::Acquire)?))
     }
 
-    /// How many heads can be taken. Asks the driver not to notify until [`Ring::listen`].
+    /// How many heads can be taken. Asks the driver not to notify until [`Ring::listen`]: by a flag, or with EVENT_IDX by
+    /// leaving the event at what is past.
     ///
     /// # Errors
     /// [`RingError`]: the ring is broken.
@@ -278,6 +279,14 @@ impl Ring {
         }
         let recovered = u16::try_from(self.recovered.len()).unwrap_or(size);
         Ok(count.saturating_add(recovered))
+    }
+
+    /// Whether there are heads to take. Asks nothing of the driver, and is cheap: for those who look again and again.
+    ///
+    /// # Errors
+    /// [`RingError`]: the ring is broken.
+    pub fn has_heads(&self) -> Result<bool, RingError> {
+        Ok(self.available_idx()? != self.next_avail || !self.recovered.is_empty())
     }
 
     /// The next head; [`Ring::available`] says whether there is one.

@@ -24,17 +24,20 @@
 //! The queue's thread never waits for the control thread with a `Service` in its hands: where it needs a mapping of the
 //! IOMMU it leaves a note ([`Service::pause`]) and goes on. That keeps both waits above free of deadlock.
 
+mod service;
+
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::FileType;
 use vvu_protocol::features::Features;
 
+pub use self::service::{Changes, RingSignals, Service};
 use crate::inflight::InflightBuffer;
 use crate::iotlb::Miss;
 use crate::notices::Notices;
-use crate::ring::{Ring, RingAddresses, RingParameters};
-use crate::ring_error::{Pause, RingError};
+use crate::ring::{RingAddresses, RingParameters};
 use crate::view::View;
 use crate::wakeup::Wakeup;
 
@@ -48,6 +51,10 @@ pub(crate) struct Vring {
 struct Shared {
     max_size: u16,
     state: Mutex<State>,
+    /// The phase is `Stopping`. Beside the state, as the queue's thread asks for it all the time.
+    stopping: AtomicBool,
+    /// Number of times that the call was replaced.
+    call_changes: AtomicU64,
     /// Fires when the ring may start, when a service ends, when a view is taken, and at the close.
     changed: Condvar,
     wakeup: Arc<Wakeup>,
@@ -102,22 +109,7 @@ enum Mapping {
     Answered(Miss, u8),
 }
 
-/// Changes that the queue's thread has to follow.
-#[derive(Debug, Default)]
-pub struct Changes {
-    /// Wait for this kick from now on.
-    pub kick: Option<Arc<OwnedFd>>,
-    /// Signal the driver once, for what the former call eventfd may have swallowed.
-    pub signal: bool,
-}
-
 impl State {
-    /// The one door for transitions.
-    fn enter(&mut self, next: Phase) {
-        tracing::trace!(vring = self.parameters.index, from = ?self.phase, to = ?next, "ring");
-        self.phase = next;
-    }
-
     fn can_begin(&self) -> bool {
         let enabled = self.enabled || !self.parameters.features.contains(Features::PROTOCOL_FEATURES);
         self.phase == Phase::Idle && !self.closed && self.may_start && enabled && self.kick.is_some()
@@ -127,6 +119,18 @@ impl State {
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The one door for transitions.
+    fn enter(&self, state: &mut State, next: Phase) {
+        tracing::trace!(vring = state.parameters.index, from = ?state.phase, to = ?next, "ring");
+        state.phase = next;
+        self.stopping.store(next == Phase::Stopping, Ordering::Release);
+    }
+
+    fn replace_call(&self, state: &mut State, call: Option<Arc<OwnedFd>>) {
+        state.call = call;
+        self.call_changes.fetch_add(1, Ordering::Release);
     }
 
     fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
@@ -165,6 +169,8 @@ impl Vring {
         let shared = Shared {
             max_size,
             state: Mutex::new(state),
+            stopping: AtomicBool::new(false),
+            call_changes: AtomicU64::new(0),
             changed: Condvar::new(),
             wakeup: Arc::new(Wakeup::new()?),
             notices: Arc::clone(notices),
@@ -226,7 +232,7 @@ impl Vring {
     pub(crate) fn set_call(&self, call: Option<OwnedFd>) {
         let mut state = self.shared.lock();
         state.call_changed = state.phase != Phase::Idle && call.is_some();
-        state.call = call.map(Arc::new);
+        self.shared.replace_call(&mut state, call.map(Arc::new));
         self.shared.wakeup.wake();
     }
 
@@ -252,7 +258,7 @@ impl Vring {
         state.may_start = false;
         let mut state = self.stop(state);
         state.kick = None;
-        state.call = None;
+        self.shared.replace_call(&mut state, None);
         state.parameters.base
     }
 
@@ -267,7 +273,7 @@ impl Vring {
     fn stop<'a>(&self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
         while state.phase != Phase::Idle {
             if state.phase == Phase::Serving {
-                state.enter(Phase::Stopping);
+                self.shared.enter(&mut state, Phase::Stopping);
                 self.shared.wakeup.wake();
             }
             state = self.shared.wait(state);
@@ -341,173 +347,15 @@ impl Vring {
             }
             if let (true, Some(kick)) = (state.can_begin(), state.kick.clone()) {
                 state.may_start = false;
-                state.enter(Phase::Serving);
+                self.shared.enter(&mut state, Phase::Serving);
                 state.kick_changed = false;
                 state.call_changed = false;
                 state.mapping = Mapping::Known;
                 let parameters = state.parameters.clone();
-                return Some(Service { vring: self, parameters, kick });
+                return Some(Service::new(self, parameters, kick));
             }
             state = self.shared.wait(state);
         }
-    }
-}
-
-/// The right to work on a ring. Dropping it gives the ring back; no request may be in flight then.
-#[derive(Debug)]
-pub struct Service<'a> {
-    vring: &'a Vring,
-    parameters: RingParameters,
-    kick: Arc<OwnedFd>,
-}
-
-impl Service<'_> {
-    /// Index of the queue.
-    #[must_use]
-    pub fn index(&self) -> u16 {
-        self.parameters.index
-    }
-
-    /// Entries that the front-end has set for the ring. What is no valid size keeps the ring from being opened.
-    #[must_use]
-    pub fn size(&self) -> u16 {
-        self.parameters.size
-    }
-
-    /// Features that were negotiated when the ring started.
-    #[must_use]
-    pub fn features(&self) -> Features {
-        self.parameters.features
-    }
-
-    /// The driver's notification, as of the start. It belongs to the front-end: reads may block.
-    #[must_use]
-    pub fn kick(&self) -> &Arc<OwnedFd> {
-        &self.kick
-    }
-
-    /// Fires when [`Service::should_stop`] and [`Service::update`] have to be asked.
-    #[must_use]
-    pub fn wakeup(&self) -> &Arc<Wakeup> {
-        &self.vring.shared.wakeup
-    }
-
-    /// The ring is to be given back, with no request in flight.
-    #[must_use]
-    pub fn should_stop(&self) -> bool {
-        self.vring.shared.lock().phase == Phase::Stopping
-    }
-
-    /// Begins to work on the ring.
-    ///
-    /// # Errors
-    /// [`RingError`]: the ring is broken, unless it is a [`RingError::pause`]; then this is to be tried again after
-    /// [`Service::update`].
-    pub fn open_ring(&self) -> Result<Ring, RingError> {
-        let view = {
-            let mut state = self.vring.shared.lock();
-            state.view_changed = false;
-            self.vring.shared.changed.notify_all();
-            state.view.clone()
-        };
-        Ring::open(&self.parameters, view)
-    }
-
-    /// Follows what the front-end has changed since the last call. `ring` is what [`Service::open_ring`] has given, if it
-    /// has; it works on what the front-end has set last from now on.
-    pub fn update(&self, ring: Option<&mut Ring>) -> Changes {
-        let mut state = self.vring.shared.lock();
-        if state.view_changed {
-            if let Some(ring) = ring {
-                ring.set_view(state.view.clone());
-            }
-            state.view_changed = false;
-            self.vring.shared.changed.notify_all();
-        }
-        let kick = if std::mem::take(&mut state.kick_changed) { state.kick.clone() } else { None };
-        Changes { kick, signal: std::mem::take(&mut state.call_changed) }
-    }
-
-    /// The ring has to wait. Has the front-end asked for what is missing; the wakeup fires when it is worth another look.
-    ///
-    /// # Errors
-    /// [`RingError::NoMapping`] if it was asked before and has none.
-    pub fn pause(&self, pause: Pause) -> Result<(), RingError> {
-        let Pause::Mapping(miss) = pause else { return Ok(()) };
-        let mut state = self.vring.shared.lock();
-        let answers = match state.mapping {
-            Mapping::Answered(answered, answers) if answered == miss => answers,
-            Mapping::Wanted(wanted, _) | Mapping::Asked(wanted, _) if wanted == miss => return Ok(()),
-            _ => 0,
-        };
-        if answers == QUESTIONS {
-            state.mapping = Mapping::Known;
-            return Err(RingError::NoMapping(miss));
-        }
-        state.mapping = Mapping::Wanted(miss, answers);
-        drop(state);
-        self.vring.shared.notices.notify();
-        Ok(())
-    }
-
-    /// The ring waits no longer: the mapping has come. A later miss of the same address is asked for anew.
-    pub fn resume(&self) {
-        self.vring.shared.lock().mapping = Mapping::Known;
-    }
-
-    /// Where to signal used buffers. Asked anew each time: front-ends replace it to mask interrupts.
-    #[must_use]
-    pub fn call(&self) -> Option<Arc<OwnedFd>> {
-        self.vring.shared.lock().call.clone()
-    }
-
-    /// Where to signal a broken ring.
-    #[must_use]
-    pub fn error(&self) -> Option<Arc<OwnedFd>> {
-        self.vring.shared.lock().error.clone()
-    }
-
-    /// For other threads that return requests of this ring.
-    #[must_use]
-    pub fn signals(&self) -> RingSignals {
-        RingSignals { shared: Arc::clone(&self.vring.shared) }
-    }
-
-    /// Notes how far the ring was worked off, for the answer to GET_VRING_BASE and the next start.
-    pub fn save_position(&self, ring: &Ring) {
-        self.vring.shared.lock().parameters.base = ring.next_avail();
-    }
-}
-
-/// Where to signal the driver of a ring that several threads work on. Says nothing of whether the ring is in service.
-#[derive(Debug, Clone)]
-pub struct RingSignals {
-    shared: Arc<Shared>,
-}
-
-impl RingSignals {
-    /// As [`Service::call`].
-    #[must_use]
-    pub fn call(&self) -> Option<Arc<OwnedFd>> {
-        self.shared.lock().call.clone()
-    }
-
-    /// As [`Service::error`].
-    #[must_use]
-    pub fn error(&self) -> Option<Arc<OwnedFd>> {
-        self.shared.lock().error.clone()
-    }
-
-    /// Fires [`Service::wakeup`]: the thread that has the service is to look at what was left for it.
-    pub fn wake(&self) {
-        self.shared.wakeup.wake();
-    }
-}
-
-impl Drop for Service<'_> {
-    fn drop(&mut self) {
-        self.vring.shared.lock().enter(Phase::Idle);
-        self.vring.shared.changed.notify_all();
     }
 }
 

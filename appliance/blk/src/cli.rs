@@ -2,12 +2,15 @@
 
 use std::os::fd::RawFd;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
+use vvu_back_end::cpus::CpuList;
 use vvu_back_end::listener::Endpoint;
+use vvu_back_end::polling::{PollMode, PollSettings};
 use vvu_back_end::rate_limit::Limits;
 
-use crate::daemon::{BackingFile, MAX_QUEUES, Options};
+use crate::daemon::{BackingFile, MAX_QUEUES, Options, Storage};
 use crate::device::SERIAL_LEN;
 use crate::image::Format;
 
@@ -30,8 +33,13 @@ pub struct Cli {
     fd: Option<RawFd>,
 
     /// Image file or block device to serve.
-    #[arg(long, visible_alias = "blk-file", value_name = "PATH", required_unless_present = "print_capabilities")]
+    #[arg(long, visible_alias = "blk-file", value_name = "PATH", required_unless_present_any = ["print_capabilities", "null"])]
     image: Option<PathBuf>,
+
+    /// In place of an image: a disk of SIZE bytes that keeps nothing (K, M, G, T are powers of 1024). Each request succeeds at
+    /// once; one that reads leaves the driver's buffers as they are. For measuring what all the rest costs, and for nothing else.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, conflicts_with_all = ["image", "format", "backing", "io_alignment"])]
+    null: Option<u64>,
 
     /// Format of the image. It is never guessed.
     #[arg(long, value_enum, default_value_t = Format::Raw)]
@@ -71,6 +79,19 @@ pub struct Cli {
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
 
+    /// When a queue's thread looks for requests by itself instead of having the driver notify of them: off, never; auto, for a
+    /// while that adapts to what it finds; always, without end, on a CPU of its own.
+    #[arg(long, value_name = "MODE", default_value = "off")]
+    poll: PollMode,
+
+    /// Longest time that auto looks for requests before the thread sleeps, in microseconds.
+    #[arg(long, value_name = "MICROSECONDS", default_value = "32", value_parser = PollSettings::parse_window)]
+    poll_window: Duration,
+
+    /// Run the threads of queues on these CPUs, one after the other: a list as 0,2-3 [default: where the kernel wants].
+    #[arg(long, value_name = "LIST")]
+    cpus: Option<CpuList>,
+
     /// Print what the program can do, as JSON, and exit.
     #[arg(long)]
     pub print_capabilities: bool,
@@ -87,7 +108,11 @@ impl Cli {
             (None, Some(fd)) => Endpoint::Descriptor(fd),
             (None, None) => return Err("no socket to serve: give --socket-path PATH or --fd N"),
         };
-        let image = self.image.ok_or("no image to serve: give --image PATH")?;
+        let storage = match (self.image, self.null) {
+            (Some(path), _) => Storage::Image(path),
+            (None, Some(len)) => Storage::Null(len),
+            (None, None) => return Err("no image to serve: give --image PATH"),
+        };
         if self.format == Format::Raw && !self.backing.is_empty() {
             return Err("a raw image has no backing file: leave --backing out, or give --format qcow2");
         }
@@ -96,7 +121,7 @@ impl Cli {
         }
         Ok(Options {
             endpoint,
-            image,
+            storage,
             format: self.format,
             backing: self.backing,
             read_only: self.read_only,
@@ -105,6 +130,8 @@ impl Cli {
             io_alignment: self.io_alignment,
             limits: Limits { operations_per_second: self.iops, bytes_per_second: self.bandwidth },
             control: self.control,
+            polling: PollSettings { mode: self.poll, window: self.poll_window },
+            cpus: self.cpus.unwrap_or_default(),
         })
     }
 }
@@ -127,6 +154,20 @@ fn parse_backing(text: &str) -> Result<BackingFile, String> {
     Ok(BackingFile { format, path: path.into() })
 }
 
+fn parse_size(text: &str) -> Result<u64, &'static str> {
+    let digits = text.trim_end_matches(['K', 'M', 'G', 'T']);
+    let factor = match text.get(digits.len()..) {
+        Some("") => 1,
+        Some("K") => 1 << 10,
+        Some("M") => 1 << 20,
+        Some("G") => 1 << 30,
+        Some("T") => 1 << 40,
+        _ => 0,
+    };
+    let size = digits.parse::<u64>().ok().and_then(|number| number.checked_mul(factor));
+    size.filter(|size| *size > 0).ok_or("expected a number of bytes, or one with K, M, G or T behind it")
+}
+
 fn parse_alignment(text: &str) -> Result<u32, String> {
     match text.parse::<u32>() {
         Ok(bytes) if bytes.is_power_of_two() && (512..=65536).contains(&bytes) => Ok(bytes),
@@ -147,7 +188,11 @@ mod tests {
     fn the_conventions_of_back_end_programs_hold() {
         let by_path = options("vvu-blk --socket-path=/run/s --blk-file=/dev/vda --read-only").unwrap();
         assert_eq!(by_path.endpoint, Endpoint::Path("/run/s".into()));
-        assert_eq!(by_path.image, PathBuf::from("/dev/vda"));
+        assert_eq!(by_path.storage, Storage::Image("/dev/vda".into()));
+        assert_eq!((by_path.polling, by_path.cpus), (PollSettings::default(), CpuList::default()));
+        let null = options("vvu-blk --fd=3 --null 2G --poll always --poll-window 50 --cpus 1").unwrap();
+        assert_eq!(null.storage, Storage::Null(2 << 30));
+        assert_eq!(null.polling, PollSettings { mode: PollMode::Always, window: Duration::from_micros(50) });
         assert!(by_path.read_only);
         let layered = options("vvu-blk --fd=3 --image a --format=qcow2 --backing qcow2:b:c --backing raw:d").unwrap();
         let backing = |format, path: &str| BackingFile { format, path: path.into() };
@@ -161,6 +206,12 @@ mod tests {
     fn mistakes_are_named() {
         for (line, expected) in [
             ("vvu-blk --image a", "--socket-path"),
+            ("vvu-blk --fd 3 --image a --null 1G", "--null"),
+            ("vvu-blk --fd 3 --null 1GG", "number of bytes"),
+            ("vvu-blk --fd 3 --null 0", "number of bytes"),
+            ("vvu-blk --fd 3 --image a --poll sometimes", "off, auto or always"),
+            ("vvu-blk --fd 3 --image a --poll-window 2s", "microseconds"),
+            ("vvu-blk --fd 3 --image a --cpus a", "0,2-3"),
             ("vvu-blk --socket-path s", "--image"),
             ("vvu-blk --socket-path s --fd 3 --image a", "--fd"),
             ("vvu-blk --socket-path s --image a --queues 0", "--queues"),

@@ -74,13 +74,14 @@ counters! {
     throttled,
 }
 
-/// One number.
+/// One number, to which one thread adds.
 #[derive(Debug, Default)]
 pub(crate) struct Counter(AtomicU64);
 
 impl Counter {
     pub(crate) fn add(&self, value: u64) {
-        self.0.fetch_add(value, Ordering::Relaxed);
+        // A load and a store: nobody else stores, and an addition that is one would cost each request several times as much.
+        self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(value), Ordering::Relaxed);
     }
 }
 

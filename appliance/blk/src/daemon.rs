@@ -8,8 +8,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, poll};
+use vvu_back_end::cpus::CpuList;
 use vvu_back_end::listener::{Endpoint, FrontEnds, ListenerError};
 use vvu_back_end::log_limit::LogLimit;
+use vvu_back_end::polling::PollSettings;
 use vvu_back_end::rate_limit::Limits;
 use vvu_back_end::signals::{Signals, Wish};
 use vvu_back_end::wakeup::Wakeup;
@@ -31,9 +33,9 @@ pub const MAX_QUEUES: u16 = 64;
 pub struct Options {
     /// Where front-ends connect.
     pub endpoint: Endpoint,
-    /// File or block device with the image.
-    pub image: PathBuf,
-    /// Its format.
+    /// Where the disk is.
+    pub storage: Storage,
+    /// Format of the image.
     pub format: Format,
     /// The backing file of the image, that of the backing file, and so on.
     pub backing: Vec<BackingFile>,
@@ -49,6 +51,19 @@ pub struct Options {
     pub limits: Limits,
     /// Where the control channel listens.
     pub control: Option<PathBuf>,
+    /// How long queues' threads look for work by themselves.
+    pub polling: PollSettings,
+    /// Where they run.
+    pub cpus: CpuList,
+}
+
+/// Where the disk is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Storage {
+    /// File or block device with the image.
+    Image(PathBuf),
+    /// Nowhere, with so many bytes: nothing is read or written. For measuring.
+    Null(u64),
 }
 
 /// A file that the image builds on; it is never written to.
@@ -72,6 +87,12 @@ pub enum DaemonError {
     /// The socket is the reason.
     #[error(transparent)]
     Listener(#[from] ListenerError),
+    /// A CPU of the list is the reason.
+    #[error("CPU {cpu} is not there, or not for this process; leave it out of --cpus")]
+    Cpu {
+        /// Its number.
+        cpu: usize,
+    },
     /// io_uring does not work here.
     #[error("requests cannot be served")]
     Engine(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -90,7 +111,13 @@ pub fn run(options: &Options) -> Result<(), DaemonError> {
     let mut front_ends = FrontEnds::new(&options.endpoint)?;
     let signals = Signals::take_over()?;
     lost_memory::install()?;
-    let image = Arc::new(Image::open(&options.image, options.read_only, options.io_alignment)?);
+    if let Err(cpu) = options.cpus.check() {
+        return Err(DaemonError::Cpu { cpu });
+    }
+    let image = Arc::new(match &options.storage {
+        Storage::Image(path) => Image::open(path, options.read_only, options.io_alignment)?,
+        Storage::Null(len) => Image::null(*len, options.read_only)?,
+    });
     let wishes = Wishes::new(signals, &image);
     let formatted = open_formatted(&image, options)?;
     let device = Arc::new(Device::new(image, formatted, options));

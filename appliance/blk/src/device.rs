@@ -5,7 +5,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
 use virtio_bindings::bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
+use vvu_back_end::cpus::CpuList;
 use vvu_back_end::log_limit::LogLimit;
+use vvu_back_end::polling::PollSettings;
 use vvu_back_end::rate_limit::RateLimit;
 use vvu_back_end::{ConfigWriter, DeviceError, Service, lost_memory};
 use vvu_protocol::features::{Features, ProtocolFeatures};
@@ -33,6 +35,9 @@ pub(crate) struct Device {
     pub(crate) formatted: Option<Pool>,
     pub(crate) serial: [u8; SERIAL_LEN],
     pub(crate) queues: u16,
+    /// How long the queues' threads look for work by themselves.
+    pub(crate) polling: PollSettings,
+    cpus: CpuList,
     /// For all queues together.
     pub(crate) rate_limit: RateLimit,
     pub(crate) counters: DeviceCounters,
@@ -54,6 +59,8 @@ impl Device {
             formatted,
             serial: serial_bytes(&options.serial),
             queues,
+            polling: options.polling,
+            cpus: options.cpus.clone(),
             rate_limit: RateLimit::new(options.limits, Instant::now()),
             counters: DeviceCounters::new(queues),
             peer_log: LogLimit::default(),
@@ -148,6 +155,10 @@ impl vvu_back_end::Device for Device {
             Some(_) | None => tracing::debug!(offset, len = bytes.len(), "write to read-only configuration"),
         }
         Ok(())
+    }
+
+    fn cpu_of_queue(&self, index: u16) -> Option<usize> {
+        self.cpus.of_queue(index)
     }
 
     fn serve(&self, service: Service<'_>) {

@@ -6,8 +6,13 @@
 //! [`Engine::next_completion`] tell the outcome. A transfer that comes back short is continued here, so a completion is
 //! all or an error.
 //!
-//! Kick and call eventfds belong to the peer, who may make any read or write of them block. Therefore they are read and
-//! written through the ring only, one operation each.
+//! Kick and call eventfds belong to the peer, who may make any read or write of them block. Therefore calls are written
+//! through the ring, one operation each, and kicks are not read at all: a poll that stays in force tells of each of them, and
+//! what they have counted up to is nobody's concern.
+//!
+//! Operations are collected and go to the kernel together, in [`Engine::wait`] or [`Engine::submit`]. What has been
+//! completed is found without a system call ([`Engine::has_events`]), so a thread can look at the driver's ring and at this one
+//! in turn.
 //!
 //! # Safety
 //! The kernel reads and writes the memory of an operation until its completion has been taken from the ring. The engine
@@ -21,21 +26,23 @@
 )]
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use io_uring::squeue::Flags;
-use io_uring::types::{CancelBuilder, Fd, Fixed, FsyncFlags, SubmitArgs, Timespec};
+use io_uring::types::{CancelBuilder, Fixed, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
 
+pub(crate) use self::events::{Signal, Watch};
+use self::events::{Signalled, Watched};
 use crate::aligned_buffer::AlignedBuffer;
 use crate::image::Image;
 use crate::transfer::{Direction, Transfer};
 
-/// Operations beside those of requests, with reserve: for each watched event two and two cancellations, two signals, a
-/// last cancellation and a no-operation.
+mod events;
+
+/// Operations beside those of requests, with reserve: for each watched event one and a cancellation, two signals, and a last
+/// cancellation.
 const EXTRA_OPERATIONS: u32 = 16;
 
 /// How long the last interrupts of a ring may take to be delivered when it stops.
@@ -50,7 +57,7 @@ const IMAGE: Fixed = Fixed(0);
 /// Why the engine stopped working.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum EngineError {
-    #[error("io_uring cannot be set up; it needs Linux 6.1 with kernel.io_uring_disabled=0")]
+    #[error("io_uring cannot be set up; it needs Linux 5.19 with kernel.io_uring_disabled=0")]
     Setup(#[source] io::Error),
     #[error("io_uring refuses to work")]
     Enter(#[source] io::Error),
@@ -58,24 +65,6 @@ pub(crate) enum EngineError {
     Full,
     #[error("head {head} has no idle transfer")]
     Busy { head: u16 },
-}
-
-/// An event that the engine watches: one read of its eventfd is always pending.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Watch {
-    /// The driver's notification.
-    Kick,
-    /// Our own, from other threads.
-    Wakeup,
-}
-
-/// A peer's eventfd that the engine writes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Signal {
-    /// Used buffers.
-    Call,
-    /// The ring is broken.
-    Error,
 }
 
 /// What the kernel has finished.
@@ -89,30 +78,8 @@ pub(crate) enum Completion {
     WatchFailed(Watch, io::Error),
 }
 
-/// A watched event.
-#[derive(Default)]
-struct Watched {
-    file: Option<Arc<dyn AsFd + Send + Sync>>,
-    /// File to watch instead, once the pending read has been cancelled.
-    replacement: Option<Arc<dyn AsFd + Send + Sync>>,
-    pending: bool,
-}
-
-/// A signalled event.
-#[derive(Default)]
-struct Signalled {
-    /// File of the write that is pending.
-    pending: Option<Arc<OwnedFd>>,
-    /// Signal once more when it is written: it may have been read before the reason for the new signal existed.
-    again: Option<Arc<OwnedFd>>,
-}
-
-/// The numbers that eventfd reads and writes move.
-struct Words {
-    kick: AtomicU64,
-    wakeup: AtomicU64,
-    one: AtomicU64,
-}
+/// What is added to the count of an eventfd.
+static ONE: u64 = 1;
 
 /// See the module's text.
 pub(crate) struct Engine {
@@ -122,7 +89,6 @@ pub(crate) struct Engine {
     wakeup: Watched,
     call: Signalled,
     error: Signalled,
-    words: Box<Words>,
     zeroes: AlignedBuffer,
     /// Operations whose completion has not been taken.
     pending: usize,
@@ -135,12 +101,7 @@ impl Engine {
     /// Sets up an io_uring for the I/O of `queue_size` heads on `image`. All further calls must come from this thread.
     pub(crate) fn new(image: &Arc<Image>, queue_size: u16) -> Result<Self, EngineError> {
         let entries = (u32::from(queue_size) + EXTRA_OPERATIONS).next_power_of_two();
-        let ring = IoUring::builder()
-            .dontfork()
-            .setup_single_issuer()
-            .setup_defer_taskrun()
-            .build(entries)
-            .map_err(EngineError::Setup)?;
+        let ring = build_ring(entries).map_err(EngineError::Setup)?;
         ring.submitter().register_files(&[image.file().as_raw_fd()]).map_err(EngineError::Setup)?;
         let mut transfers = Vec::new();
         transfers.resize_with(usize::from(queue_size), Transfer::default);
@@ -151,7 +112,6 @@ impl Engine {
             wakeup: Watched::default(),
             call: Signalled::default(),
             error: Signalled::default(),
-            words: Box::new(Words { kick: 0.into(), wakeup: 0.into(), one: 1.into() }),
             zeroes: AlignedBuffer::new(ZEROES_LEN, 4096),
             pending: 0,
             closing: false,
@@ -192,8 +152,19 @@ impl Engine {
         let transfer = self.idle_transfer(head)?;
         let (pieces, offset) = (transfer.pieces(), transfer.position());
         let count = u32::try_from(pieces.len()).unwrap_or(0);
-        let entry = match transfer.direction {
-            Some(Direction::Write) => opcode::Writev::new(IMAGE, pieces.as_ptr(), count).offset(offset).build(),
+        let writes = transfer.direction == Some(Direction::Write);
+        let entry = match pieces {
+            // The kernel need not copy a list of one.
+            [piece] => {
+                // More than that is a short transfer, which is continued.
+                let (start, len) = (piece.iov_base.cast::<u8>(), u32::try_from(piece.iov_len).unwrap_or(u32::MAX));
+                if writes {
+                    opcode::Write::new(IMAGE, start, len).offset(offset).build()
+                } else {
+                    opcode::Read::new(IMAGE, start, len).offset(offset).build()
+                }
+            }
+            _ if writes => opcode::Writev::new(IMAGE, pieces.as_ptr(), count).offset(offset).build(),
             _ => opcode::Readv::new(IMAGE, pieces.as_ptr(), count).offset(offset).build(),
         };
         self.start(head, entry)
@@ -217,63 +188,6 @@ impl Engine {
         self.push(entry.user_data(u64::from(head)))
     }
 
-    /// Watches an event; one that is watched already is replaced.
-    pub(crate) fn watch(&mut self, watch: Watch, file: Arc<dyn AsFd + Send + Sync>) -> Result<(), EngineError> {
-        let watched = self.watched(watch);
-        if watched.pending {
-            watched.replacement = Some(file);
-            for tag in [tag_of(watch) | TAG_POLL, tag_of(watch)] {
-                let cancel = opcode::AsyncCancel2::new(CancelBuilder::user_data(tag)).build();
-                self.push_untracked(cancel.user_data(TAG_UNTRACKED))?;
-            }
-            return Ok(());
-        }
-        watched.file = Some(file);
-        self.start_watch(watch)
-    }
-
-    fn watched(&mut self, watch: Watch) -> &mut Watched {
-        match watch {
-            Watch::Kick => &mut self.kick,
-            Watch::Wakeup => &mut self.wakeup,
-        }
-    }
-
-    /// Waits for the eventfd to be readable, then reads it. The peer decides whether its eventfd blocks: the wait is for
-    /// one that does not, the read through the ring for one that does.
-    fn start_watch(&mut self, watch: Watch) -> Result<(), EngineError> {
-        let watched = self.watched(watch);
-        let Some(file) = &watched.file else { return Ok(()) };
-        let fd = Fd(raw_fd(file.as_ref()));
-        watched.pending = true;
-        let word = match watch {
-            Watch::Kick => &self.words.kick,
-            Watch::Wakeup => &self.words.wakeup,
-        };
-        let readable = u32::from(libc::POLLIN.cast_unsigned());
-        let poll = opcode::PollAdd::new(fd, readable).build();
-        let read = opcode::Read::new(fd, word.as_ptr().cast(), 8).build();
-        // A poll that succeeds says nothing; one that fails takes the read with it, which says nothing then
-        // (io_uring_enter(2), IOSQE_CQE_SKIP_SUCCESS).
-        self.push_untracked(poll.flags(Flags::IO_LINK | Flags::SKIP_SUCCESS).user_data(tag_of(watch) | TAG_POLL))?;
-        self.push(read.user_data(tag_of(watch)))
-    }
-
-    /// Adds one to a peer's eventfd.
-    pub(crate) fn signal(&mut self, signal: Signal, file: Arc<OwnedFd>) -> Result<(), EngineError> {
-        let (signalled, tag) = match signal {
-            Signal::Call => (&mut self.call, TAG_CALL),
-            Signal::Error => (&mut self.error, TAG_ERROR),
-        };
-        if signalled.pending.is_some() {
-            signalled.again = Some(file);
-            return Ok(());
-        }
-        let write = opcode::Write::new(Fd(file.as_raw_fd()), self.words.one.as_ptr().cast(), 8).build();
-        signalled.pending = Some(file);
-        self.push(write.user_data(tag))
-    }
-
     fn push(&mut self, entry: squeue::Entry) -> Result<(), EngineError> {
         self.push_untracked(entry)?;
         self.pending += 1;
@@ -282,7 +196,7 @@ impl Engine {
 
     /// For operations that use no memory and whose completion nobody waits for.
     fn push_untracked(&mut self, entry: squeue::Entry) -> Result<(), EngineError> {
-        // SAFETY: what the entry points at is a busy transfer, `words` or `zeroes`; the module's text says why all of it
+        // SAFETY: what the entry points at is a busy transfer, `ONE` or `zeroes`; the module's text says why all of it
         // stays until the completion. Descriptors are kept in `file` or `pending` until then.
         unsafe { self.ring.submission().push(&entry) }.map_err(|_full| EngineError::Full)
     }
@@ -309,9 +223,32 @@ impl Engine {
         }
     }
 
-    /// Makes the next [`Engine::wait`] return at once, with what is complete by then.
-    pub(crate) fn do_not_block(&mut self) -> Result<(), EngineError> {
-        self.push_untracked(opcode::Nop::new().build().user_data(TAG_UNTRACKED))
+    /// Hands the started operations to the kernel, without waiting for any; makes no system call if there is nothing to do.
+    pub(crate) fn submit(&mut self) -> Result<(), EngineError> {
+        let queue = self.ring.submission();
+        if queue.is_empty() && !queue.taskrun() && !queue.cq_overflow() {
+            return Ok(());
+        }
+        drop(queue);
+        loop {
+            match self.ring.submit() {
+                Ok(_) => return Ok(()),
+                Err(error) => match error.raw_os_error() {
+                    Some(libc::EINTR) => {}
+                    Some(libc::EAGAIN | libc::EBUSY) if !self.ring.completion().is_empty() => return Ok(()),
+                    Some(libc::EAGAIN | libc::EBUSY) => std::thread::yield_now(),
+                    _ => return Err(EngineError::Enter(error)),
+                },
+            }
+        }
+    }
+
+    /// Whether [`Engine::submit`] and [`Engine::next_completion`] would find something that is complete. Makes no system call.
+    pub(crate) fn has_events(&mut self) -> bool {
+        let queue = self.ring.submission();
+        let calls = queue.taskrun() || queue.cq_overflow();
+        drop(queue);
+        calls || !self.ring.completion().is_empty()
     }
 
     /// Takes one completion. Events are watched again, short transfers continued and unfinished signals repeated.
@@ -326,10 +263,12 @@ impl Engine {
     }
 
     fn dispatch(&mut self, entry: &cqueue::Entry) -> Result<Option<Completion>, EngineError> {
-        // Of a poll and its read, exactly one reports: the poll if it fails, else the read.
-        let tag = entry.user_data() & !TAG_POLL;
-        if tag & TAG_UNTRACKED != 0 {
+        let tag = entry.user_data();
+        if tag == TAG_UNTRACKED {
             return Ok(None);
+        }
+        if cqueue::more(entry.flags()) {
+            return Ok(self.note_event(tag));
         }
         self.pending = self.pending.saturating_sub(1);
         match tag {
@@ -372,45 +311,6 @@ impl Engine {
         Ok(Some(Completion::Request { head, transferred, result }))
     }
 
-    fn finish_watch(&mut self, watch: Watch, result: i32) -> Result<Option<Completion>, EngineError> {
-        let closing = self.closing;
-        let watched = self.watched(watch);
-        watched.pending = false;
-        if closing {
-            watched.file = None;
-            return Ok(None);
-        }
-        let replaced = watched.replacement.take();
-        let failed = !(result == 8 || result == -libc::EAGAIN || result == -libc::EINTR);
-        if replaced.is_none() && failed {
-            watched.file = None;
-            let error = if result < 0 {
-                io::Error::from_raw_os_error(-result)
-            } else {
-                io::Error::from(io::ErrorKind::UnexpectedEof)
-            };
-            return Ok(Some(Completion::WatchFailed(watch, error)));
-        }
-        if replaced.is_some() {
-            watched.file = replaced;
-        }
-        self.start_watch(watch)?;
-        Ok(Some(Completion::Event(watch)))
-    }
-
-    fn finish_signal(&mut self, signal: Signal) -> Result<Option<Completion>, EngineError> {
-        let signalled = match signal {
-            Signal::Call => &mut self.call,
-            Signal::Error => &mut self.error,
-        };
-        // A full counter (EAGAIN) is a signal that is pending anyway; any other failure is the peer's own loss.
-        signalled.pending = None;
-        if let Some(file) = signalled.again.take() {
-            self.signal(signal, file)?;
-        }
-        Ok(None)
-    }
-
     /// Ends all that is pending. Requests must have completed before; signals get [`LAST_SIGNAL_LIMIT`] to be delivered.
     pub(crate) fn close(&mut self) -> Result<(), EngineError> {
         self.closing = true;
@@ -446,16 +346,22 @@ impl Drop for Engine {
             tracing::error!(%error, pending = self.pending, "io_uring cannot be ended; its memory is leaked");
             // The kernel may still use the memory of every pending operation.
             std::mem::forget(std::mem::take(&mut self.transfers));
-            let empty = Words { kick: 0.into(), wakeup: 0.into(), one: AtomicU64::new(1) };
-            std::mem::forget(std::mem::replace(&mut self.words, Box::new(empty)));
             std::mem::forget(std::mem::replace(&mut self.zeroes, AlignedBuffer::new(0, 1)));
         }
-        debug_assert_eq!(self.words.one.load(Ordering::Relaxed), 1);
     }
 }
 
-fn raw_fd(file: &(dyn AsFd + Send + Sync)) -> RawFd {
-    file.as_fd().as_raw_fd()
+/// Completions are made in this thread's own system calls and nowhere else if the kernel can do that (Linux 6.1), else in any
+/// of them (5.19); in both cases a flag tells that there are some.
+fn build_ring(entries: u32) -> io::Result<IoUring> {
+    let mut builder = IoUring::builder();
+    builder.dontfork().setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag();
+    match builder.build(entries) {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+            IoUring::builder().dontfork().setup_coop_taskrun().setup_taskrun_flag().build(entries)
+        }
+        outcome => outcome,
+    }
 }
 
 // Values of user_data above those of heads.
@@ -463,13 +369,4 @@ const TAG_KICK: u64 = 1 << 32;
 const TAG_WAKEUP: u64 = 2 << 32;
 const TAG_CALL: u64 = 3 << 32;
 const TAG_ERROR: u64 = 4 << 32;
-/// Bit beside that of a watch: the poll before the read.
-const TAG_POLL: u64 = 1 << 40;
-const TAG_UNTRACKED: u64 = 1 << 41;
-
-fn tag_of(watch: Watch) -> u64 {
-    match watch {
-        Watch::Kick => TAG_KICK,
-        Watch::Wakeup => TAG_WAKEUP,
-    }
-}
+const TAG_UNTRACKED: u64 = 5 << 32;

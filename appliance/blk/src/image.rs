@@ -20,7 +20,7 @@ const MAX_ALIGNMENT: u32 = 64 * 1024;
 const FILE_BLOCK_SIZE: u32 = 4096;
 
 /// How long the image may still be locked by a back-end that has ended.
-const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Time between two attempts to lock; flock(2) itself waits without limit or not at all.
 const LOCK_INTERVAL: Duration = Duration::from_millis(10);
@@ -113,6 +113,8 @@ pub(crate) struct Image {
     block_device: bool,
     direct: bool,
     alignment: Alignment,
+    /// There is no image: nothing is read or written.
+    null: bool,
     /// Present where a request can be smaller than the smallest write to the storage.
     gate: Option<WriteGate>,
     /// A flush failed in buffered mode: the page cache has dropped data that it had accepted, and the next fsync would
@@ -156,14 +158,47 @@ impl Image {
             block_device: kind.is_block_device(),
             direct,
             alignment,
+            null: false,
             gate,
             cache_lost_data: AtomicBool::new(false),
         })
     }
 
+    /// A disk of `len` bytes that keeps nothing.
+    pub(crate) fn null(len: u64, read_only: bool) -> Result<Self, ImageError> {
+        let path = PathBuf::from("/dev/null");
+        let file = File::open(&path).map_err(|source| ImageError::Open { path: path.clone(), source })?;
+        let (block_size, physical_block_size) = (SECTOR_SIZE, FILE_BLOCK_SIZE);
+        let capacity_sectors = whole_blocks(len, block_size);
+        if capacity_sectors == 0 {
+            return Err(ImageError::TooSmall { path, len, block_size });
+        }
+        tracing::warn!(len, "the disk keeps nothing; it is for measuring");
+        Ok(Self {
+            file,
+            path,
+            shape: DiskShape { capacity_sectors, block_size, physical_block_size, read_only },
+            capacity_sectors: AtomicU64::new(capacity_sectors),
+            block_device: false,
+            direct: false,
+            alignment: Alignment::NONE,
+            null: true,
+            gate: None,
+            cache_lost_data: AtomicBool::new(false),
+        })
+    }
+
+    /// There is no image: each request is to succeed without touching anything.
+    pub(crate) fn is_null(&self) -> bool {
+        self.null
+    }
+
     /// Looks how long the image is now. True if its capacity has changed, which the driver has to be told then; requests
     /// are checked against the new one from now on.
     pub(crate) fn look_again(&self) -> Result<bool, ImageError> {
+        if self.null {
+            return Ok(false);
+        }
         let len = length(&self.file).map_err(|source| ImageError::Examine { path: self.path.clone(), source })?;
         let now = whole_blocks(len, self.shape.block_size);
         let before = self.capacity_sectors.swap(now, Ordering::Relaxed);

@@ -1,9 +1,15 @@
 //! The thread of one queue while its ring is in service: takes requests from the ring, has them carried out, returns them,
 //! and gives the ring back when it is stopped, with nothing in flight.
+//!
+//! All that is there is taken and goes to the kernel in one system call; all that is done by then is returned at once, with
+//! one signal at the most. When the ring is empty, the thread looks at it and at its completions for a while before it asks the
+//! driver to notify ([`Polling`]). Whoever asks for a notification looks once more after that: what the driver
+//! has made available before it saw the wish, it does not notify of.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use vvu_back_end::polling::{Look, PollMode, Polling};
 use vvu_back_end::{Chain, Ring, RingError, Segment, Service, total_len};
 
 use crate::config_space::SEG_MAX;
@@ -41,6 +47,7 @@ pub(crate) fn serve(device: &Device, service: &Service<'_>) {
         chain: Chain::new(MAX_INDIRECT_CHAIN),
         data: Vec::new(),
         pauses: false,
+        polling: [Polling::new(device.polling), Polling::new(device.polling)],
     };
     let outcome = worker.run();
     if let Some(ring) = &worker.ring {
@@ -76,13 +83,21 @@ struct Worker<'a> {
     data: Vec<Segment>,
     /// Something of the ring or of its next request has to be waited for.
     pauses: bool,
+    /// How long the thread looks for something to do: while nothing is in flight, and while something is. The driver's pace
+    /// says nothing of the storage's.
+    polling: [Polling; 2],
 }
+
+/// Looks between two looks at the clock. Other threads of the CPU get their turn as often.
+const LOOKS: u32 = 32;
 
 /// Whether the ring is looked at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Intake {
-    /// After the next event.
+    /// After the next event: the driver notifies.
     Waiting,
+    /// All that was there is taken, and the driver does not notify.
+    Drained,
     /// There may be heads to take right now.
     Ready,
     /// At this time: the rate limit has to give something first.
@@ -137,10 +152,15 @@ impl Worker<'_> {
             if stopping && self.executor.in_flight() == 0 {
                 return self.executor.engine.close();
             }
-            if intake == Intake::Ready && !stopping {
-                self.executor.engine.do_not_block()?;
+            if intake == Intake::Drained && !stopping {
+                intake = self.look_for_work()?;
             }
-            self.executor.engine.wait(intake.time_left())?;
+            if intake == Intake::Ready && !stopping {
+                self.executor.engine.submit()?;
+            } else {
+                self.executor.engine.wait(intake.time_left())?;
+            }
+            self.end_idle_time();
             intake = self.handle_completions(intake.at_its_time())?;
         }
     }
@@ -157,11 +177,65 @@ impl Worker<'_> {
         outcome.map_or_else(|error| self.pause_or_break(error), |()| Ok(intake))
     }
 
+    /// Looks for something to do, as long as that is worth it; then has the driver notify.
+    fn look_for_work(&mut self) -> Result<Intake, EngineError> {
+        let until = match self.polling().map(|polling| polling.begin(Instant::now())) {
+            None | Some(Look::Not) => return self.listen(),
+            Some(Look::Until(until)) => Some(until),
+            Some(Look::Endlessly) => None,
+        };
+        self.executor.engine.submit()?;
+        loop {
+            for _ in 0..LOOKS {
+                if self.executor.engine.has_events() {
+                    return Ok(Intake::Ready);
+                }
+                match self.ring.as_ref().map(Ring::has_heads) {
+                    Some(Ok(false)) => std::hint::spin_loop(),
+                    // What is wrong with the ring shows when it is used.
+                    Some(Ok(true) | Err(_)) | None => return Ok(Intake::Ready),
+                }
+            }
+            if self.device.lost_memory() {
+                return Ok(Intake::Ready);
+            }
+            if until.is_some_and(|until| Instant::now() >= until) {
+                return self.listen();
+            }
+            std::thread::yield_now();
+        }
+    }
+
+    /// That of the moment, unless the thread is never to look by itself.
+    fn polling(&mut self) -> Option<&mut Polling> {
+        let is_in_flight = usize::from(self.executor.in_flight() > 0);
+        self.polling.get_mut(is_in_flight).filter(|polling| polling.mode() != PollMode::Off)
+    }
+
+    fn end_idle_time(&mut self) {
+        for polling in self.polling.iter_mut().filter(|polling| polling.is_idle()) {
+            polling.end(Instant::now());
+        }
+    }
+
+    /// Has the driver notify of what comes.
+    fn listen(&mut self) -> Result<Intake, EngineError> {
+        match self.ring.as_mut().map(Ring::listen) {
+            Some(Ok(true)) => Ok(Intake::Ready),
+            Some(Ok(false)) | None => Ok(Intake::Waiting),
+            Some(Err(error)) => self.pause_or_break(error),
+        }
+    }
+
     fn handle_completions(&mut self, mut intake: Intake) -> Result<Intake, EngineError> {
         while let Some(completion) = self.executor.engine.next_completion()? {
             match completion {
                 Completion::Request { head, transferred, result } => {
                     self.executor.complete(head, transferred, result)?;
+                    if intake == Intake::Waiting && self.device.polling.mode != PollMode::Off {
+                        // The next request may be near.
+                        intake = Intake::Ready;
+                    }
                 }
                 Completion::Event(Watch::Kick) => {
                     self.counters.kicks.add(1);
@@ -222,11 +296,7 @@ impl Worker<'_> {
             self.counters.throttled.add(1);
             return Ok(Intake::Throttled(time));
         }
-        match self.ring.as_mut().map(Ring::listen) {
-            Some(Ok(true)) => Ok(Intake::Ready),
-            Some(Ok(false)) | None => Ok(Intake::Waiting),
-            Some(Err(error)) => self.pause_or_break(error),
-        }
+        Ok(Intake::Drained)
     }
 
     /// Takes the next request, if the rate limit admits it; if not, it stays in the ring.
@@ -242,7 +312,9 @@ impl Worker<'_> {
         let memory = ring.view().memory();
         match Request::parse(memory.as_ref(), &mut self.chain, &mut self.data) {
             Ok(request) => {
-                if let Err(time) = self.device.rate_limit.take(1, total_len(&self.data), Instant::now()) {
+                if self.device.rate_limit.is_limited()
+                    && let Err(time) = self.device.rate_limit.take(1, total_len(&self.data), Instant::now())
+                {
                     return Ok(Ok(Taken::Later(time)));
                 }
                 let memory = Arc::clone(memory);

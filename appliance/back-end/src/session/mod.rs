@@ -28,6 +28,7 @@ use vvu_protocol::message::{FrontEndReply, FrontEndRequest, RawMessage, ReplyPay
 use vvu_socket::{MessageSocket, SocketError};
 
 pub use self::requests::Refusal;
+use crate::cpus;
 use crate::device::Device;
 use crate::dirty_log::DirtyLog;
 use crate::inflight::InflightBuffer;
@@ -196,6 +197,7 @@ impl<D: Device> Session<D> {
             session.vrings.push(vring.clone());
             let device = Arc::clone(&session.device);
             let thread = std::thread::Builder::new().name(format!("queue {index}")).spawn(move || {
+                pin(&*device, index);
                 while let Some(service) = vring.next_service() {
                     device.serve(service);
                 }
@@ -268,6 +270,14 @@ impl<D: Device> Session<D> {
 
     fn is_idle(&self) -> bool {
         self.vrings.iter().all(Vring::is_idle)
+    }
+}
+
+/// Puts the thread of a queue where the device wants it. One that cannot be there works elsewhere.
+fn pin(device: &impl Device, index: u16) {
+    let Some(cpu) = device.cpu_of_queue(index) else { return };
+    if let (Err(error), Some(suppressed)) = (cpus::pin_to(cpu), LOG.admit(Instant::now())) {
+        tracing::warn!(index, cpu, %error, suppressed, "queue's thread cannot be pinned");
     }
 }
 
