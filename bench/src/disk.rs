@@ -139,8 +139,7 @@ impl Load {
             connection.start_queue(index, place.ring, signals)?;
         }
 
-        let watched: Vec<_> = std::iter::once(std::process::id()).chain(self.watched.iter().copied()).collect();
-        let before = processes::look_at(&watched);
+        let before = processes::look_at(&self.watched);
         let begin = Instant::now();
         let shares = thread::scope(|scope| {
             let threads = places.iter().zip(&signals).zip(0..);
@@ -152,7 +151,7 @@ impl Load {
             let threads: Vec<_> = threads.map(start).collect();
             threads.into_iter().map(|thread| thread.join().map_err(|_| Error::Panicked)?).collect::<Result<Vec<_>, _>>()
         })?;
-        let processes = processes::between(&before, processes::look_at(&watched));
+        let processes = processes::between(&before, processes::look_at(&self.watched));
         for index in 0..places.len() {
             connection.stop_queue(index)?;
         }

@@ -9,6 +9,7 @@
 //! - [`memory`], [`ring`]: what driver and device share;
 //! - [`disk`]: virtio-blk requests, in numbers;
 //! - [`latency`], [`processes`], [`outcome`]: what is measured;
+//! - [`report`]: what is left of a benchmark: JSON, Markdown, SVG;
 //! - [`cli`]: the command line.
 //!
 //! `vvu-tests` starts it for the figures, and `xtask` for counts of instructions. It checks that requests succeed, but not what
@@ -23,4 +24,5 @@ pub mod latency;
 pub mod memory;
 pub mod outcome;
 pub mod processes;
+pub mod report;
 pub mod ring;

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::latency::Summary;
-use crate::processes::Process;
+use crate::processes::{Process, Usage};
 
 /// See the module's text.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -35,7 +35,9 @@ pub struct Whole {
     pub calls: u64,
     /// Times that the driver waited for a call.
     pub waits: u64,
-    /// What the processes took that were watched, the load first.
+    /// What the threads of the load took.
+    pub load: Usage,
+    /// What the processes took that were watched.
     pub processes: Vec<Process>,
 }
 
@@ -46,5 +48,6 @@ impl Whole {
         self.kicks += other.kicks;
         self.calls += other.calls;
         self.waits += other.waits;
+        self.load = self.load.plus(&other.load);
     }
 }

@@ -27,6 +27,12 @@ pub struct Process {
     pub usage: Usage,
 }
 
+/// What the calling thread has taken so far. It has to ask before it ends: the process's sums are those of threads that live.
+#[must_use]
+pub fn own_thread() -> Usage {
+    task_usage(Path::new("/proc/thread-self"))
+}
+
 /// What processes have taken so far. A process that does not exist has taken nothing.
 #[must_use]
 pub fn look_at(pids: &[u32]) -> Vec<Process> {
@@ -46,8 +52,18 @@ pub fn between(before: &[Process], after: Vec<Process>) -> Vec<Process> {
 }
 
 impl Usage {
+    /// Both together.
+    #[must_use]
+    pub fn plus(&self, other: &Self) -> Self {
+        Self {
+            voluntary_switches: self.voluntary_switches + other.voluntary_switches,
+            involuntary_switches: self.involuntary_switches + other.involuntary_switches,
+            processor_ns: self.processor_ns + other.processor_ns,
+        }
+    }
+
     /// What came after an earlier look; a thread that ended in between takes its share along.
-    fn since(&self, earlier: &Self) -> Self {
+    pub(crate) fn since(&self, earlier: &Self) -> Self {
         Self {
             voluntary_switches: self.voluntary_switches.saturating_sub(earlier.voluntary_switches),
             involuntary_switches: self.involuntary_switches.saturating_sub(earlier.involuntary_switches),
@@ -56,18 +72,21 @@ impl Usage {
     }
 }
 
+/// The sum over a process's threads.
 fn usage(process: &Path) -> Usage {
-    let mut sum = Usage::default();
     let tasks = fs::read_dir(process.join("task")).into_iter().flatten().flatten();
-    for task in tasks {
-        // Threads may end meanwhile.
-        let status = fs::read_to_string(task.path().join("status")).unwrap_or_default();
-        sum.voluntary_switches += field(&status, "voluntary_ctxt_switches:");
-        sum.involuntary_switches += field(&status, "nonvoluntary_ctxt_switches:");
-        let schedstat = fs::read_to_string(task.path().join("schedstat")).unwrap_or_default();
-        sum.processor_ns += schedstat.split(' ').next().and_then(|ns| ns.parse().ok()).unwrap_or(0);
+    tasks.fold(Usage::default(), |sum, task| sum.plus(&task_usage(&task.path())))
+}
+
+/// What one thread has taken; nothing, if it has ended meanwhile.
+fn task_usage(task: &Path) -> Usage {
+    let status = fs::read_to_string(task.join("status")).unwrap_or_default();
+    let schedstat = fs::read_to_string(task.join("schedstat")).unwrap_or_default();
+    Usage {
+        voluntary_switches: field(&status, "voluntary_ctxt_switches:"),
+        involuntary_switches: field(&status, "nonvoluntary_ctxt_switches:"),
+        processor_ns: schedstat.split(' ').next().and_then(|ns| ns.parse().ok()).unwrap_or(0),
     }
-    sum
 }
 
 fn field(status: &str, name: &str) -> u64 {
@@ -80,11 +99,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_thread_that_sleeps_is_seen_and_one_that_never_was_took_nothing() {
+    fn a_thread_that_sleeps_is_seen_and_a_process_that_never_was_took_nothing() {
         let own = [std::process::id(), u32::MAX];
-        let before = look_at(&own);
+        let (before, own_before) = (look_at(&own), own_thread());
         std::thread::sleep(std::time::Duration::from_millis(1));
         let taken = between(&before, look_at(&own));
+        assert!(own_thread().since(&own_before).voluntary_switches >= 1);
         assert!(taken[0].usage.voluntary_switches >= 1 && !taken[0].name.is_empty(), "{taken:?}");
         assert_eq!(taken[1].usage, Usage::default());
     }

@@ -10,6 +10,7 @@ use crate::error::Error;
 use crate::latency::Latencies;
 use crate::memory::Memory;
 use crate::outcome::Whole;
+use crate::processes;
 use crate::ring::Ring;
 
 /// What a status is before the device writes it.
@@ -98,6 +99,8 @@ impl<'l> Queue<'l> {
             }
         }
         self.whole.calls = self.signals.calls();
+        // The thread was made for this.
+        self.whole.load = processes::own_thread();
         let seconds = measurement.last.duration_since(measurement.start).as_secs_f64();
         Ok(Share { requests: measurement.requests, seconds, latencies: self.latencies, whole: self.whole })
     }
