@@ -88,7 +88,8 @@ struct Worker<'a> {
     polling: [Polling; 2],
 }
 
-/// Looks between two looks at the clock. Other threads of the CPU get their turn as often.
+/// Looks between two looks at the clock. The CPU is not yielded in between: who gets it may keep it for much longer than the
+/// window.
 const LOOKS: u32 = 32;
 
 /// Whether the ring is looked at.
@@ -202,7 +203,6 @@ impl Worker<'_> {
             if until.is_some_and(|until| Instant::now() >= until) {
                 return self.listen();
             }
-            std::thread::yield_now();
         }
     }
 
