@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use rustix::process::{Pid, Signal, kill_process};
@@ -12,7 +12,7 @@ use tokio::net::UnixStream;
 use tokio::process::Command;
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
-use vvu_appliance_config::{END_GRACE, END_REQUEST};
+use vvu_appliance_config::{BootTimes, END_GRACE, END_REQUEST};
 
 use crate::ending::Death;
 use crate::events::Source;
@@ -77,6 +77,11 @@ impl Child {
     /// The child's process id.
     pub(crate) fn pid(&self) -> u32 {
         self.pid
+    }
+
+    /// What an appliance told of its boot on its console, and when that came.
+    pub(crate) fn boot(&self) -> Option<(Instant, BootTimes)> {
+        self.logs.iter().find_map(Log::boot)
     }
 
     /// Waits for the child's end. May be dropped and called again.

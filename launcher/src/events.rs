@@ -3,6 +3,7 @@
 //! The shapes of the JSON objects are those of [`Event`] and are listed in the crate's README.
 
 use serde::{Deserialize, Serialize};
+use vvu_appliance_config::BootTimes;
 
 use crate::accel::Accel;
 use crate::supervisor::{ApplianceId, PortId};
@@ -106,8 +107,41 @@ pub(crate) struct TimingsMs {
     pub(crate) bridge_listening: u64,
     /// QEMU was started.
     pub(crate) qemu_started: u64,
+    /// The steps of the appliance's boot, if it told them in time.
+    #[serde(flatten)]
+    pub(crate) boot: Option<BootMs>,
     /// The device can serve a driver VM.
     pub(crate) ready: u64,
+}
+
+/// When the appliance reached each step, by what it says, in milliseconds since `vvu` started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub(crate) struct BootMs {
+    /// QEMU and its firmware were done, and the kernel had started its clock.
+    pub(crate) kernel_started: u64,
+    /// The kernel was done.
+    pub(crate) agent_started: u64,
+    /// The modules of the devices were loaded.
+    pub(crate) modules_loaded: u64,
+    /// The control devices were started.
+    pub(crate) controls_started: u64,
+    /// The windows were there. What is left until the device is ready is the back-end's start.
+    pub(crate) windows_open: u64,
+}
+
+impl BootMs {
+    /// Puts what an appliance told, and what came at `told_ms`, on the time of the run. Its clock is the time since its kernel
+    /// started; it may say what it likes.
+    pub(crate) fn new(told_ms: u64, times: BootTimes) -> Self {
+        let at = |own: u64| told_ms.saturating_sub(times.windows.saturating_sub(own));
+        Self {
+            kernel_started: at(0),
+            agent_started: at(times.agent),
+            modules_loaded: at(times.modules),
+            controls_started: at(times.controls),
+            windows_open: told_ms,
+        }
+    }
 }
 
 /// What a run serves, and how.

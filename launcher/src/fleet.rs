@@ -12,11 +12,12 @@ use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::process::{ExitStatus, Stdio};
 use std::task::Poll;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use tokio::process::Command;
+use vvu_appliance_config::BootTimes;
 
 use crate::children::Child;
 use crate::control::ApplianceStatus;
@@ -224,6 +225,11 @@ impl<'a> Fleet<'a> {
         if let Some(child) = self.child(member) {
             child.start_kill();
         }
+    }
+
+    /// What an appliance VM that lives told of its boot, and when that came.
+    pub(crate) fn boot(&self, id: ApplianceId) -> Option<(Instant, BootTimes)> {
+        self.appliances.get(&id).and_then(Child::boot)
     }
 
     /// Process id of one that lives.

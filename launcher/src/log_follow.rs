@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::task::JoinHandle;
+use vvu_appliance_config::BootTimes;
 
 use crate::events::Source;
 use crate::output::Output;
@@ -151,10 +152,19 @@ impl RateLimit {
     }
 }
 
+/// What is remembered of a stream.
+#[derive(Debug, Default)]
+struct Heard {
+    /// The last lines, oldest first.
+    tail: VecDeque<String>,
+    /// What an appliance told of its boot, and when that came.
+    boot: Option<(Instant, BootTimes)>,
+}
+
 /// One stream that is being followed.
 #[derive(Debug)]
 pub(crate) struct Log {
-    tail: Arc<Mutex<VecDeque<String>>>,
+    heard: Arc<Mutex<Heard>>,
     /// `None` once the stream has ended: a finished task must not be awaited again.
     task: Option<JoinHandle<()>>,
 }
@@ -162,9 +172,9 @@ pub(crate) struct Log {
 impl Log {
     /// Follows `reader` to its end in a task of its own.
     pub(crate) fn follow(reader: impl AsyncRead + Send + Unpin + 'static, source: Source, output: Output) -> Self {
-        let tail = Arc::new(Mutex::new(VecDeque::with_capacity(TAIL_LINES)));
-        let task = tokio::spawn(follow(reader, source, output, Arc::clone(&tail)));
-        Self { tail, task: Some(task) }
+        let heard = Arc::<Mutex<Heard>>::default();
+        let task = tokio::spawn(follow(reader, source, output, Arc::clone(&heard)));
+        Self { heard, task: Some(task) }
     }
 
     /// Waits until the stream has ended and all of it has been passed on, at most `limit`: a grandchild may keep the
@@ -178,16 +188,16 @@ impl Log {
 
     /// The last lines, oldest first.
     pub(crate) fn tail(&self) -> Vec<String> {
-        self.tail.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner).tail.iter().cloned().collect()
+    }
+
+    /// What the appliance behind it told of its boot, and when that came.
+    pub(crate) fn boot(&self) -> Option<(Instant, BootTimes)> {
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner).boot
     }
 }
 
-async fn follow(
-    mut reader: impl AsyncRead + Unpin,
-    source: Source,
-    output: Output,
-    tail: Arc<Mutex<VecDeque<String>>>,
-) {
+async fn follow(mut reader: impl AsyncRead + Unpin, source: Source, output: Output, heard: Arc<Mutex<Heard>>) {
     let mut splitter = LineSplitter::default();
     let mut limit = RateLimit::new(Instant::now());
     let mut buffer = vec![0; READ_BYTES];
@@ -197,7 +207,7 @@ async fn follow(
         let bytes = buffer.get(..len).unwrap_or_default();
         let lines = if len == 0 { splitter.finish().into_iter().collect() } else { splitter.push(bytes) };
         for line in lines.into_iter().filter(|line| !is_harmless(source, line)) {
-            keep(&tail, &line);
+            keep(&heard, source, &line);
             match limit.pass(Instant::now()) {
                 Pass::No => {}
                 Pass::Yes { left_out: 0 } => output.log(source, line),
@@ -213,12 +223,15 @@ async fn follow(
     }
 }
 
-fn keep(tail: &Mutex<VecDeque<String>>, line: &str) {
-    let mut tail = tail.lock().unwrap_or_else(PoisonError::into_inner);
-    if tail.len() == TAIL_LINES {
-        tail.pop_front();
+fn keep(heard: &Mutex<Heard>, source: Source, line: &str) {
+    let mut heard = heard.lock().unwrap_or_else(PoisonError::into_inner);
+    if heard.tail.len() == TAIL_LINES {
+        heard.tail.pop_front();
     }
-    tail.push_back(line.to_owned());
+    heard.tail.push_back(line.to_owned());
+    if let (Source::Appliance(_), None, Ok(times)) = (source, heard.boot, line.parse()) {
+        heard.boot = Some((Instant::now(), times));
+    }
 }
 
 #[cfg(test)]
@@ -310,5 +323,19 @@ mod tests {
         let tail = log.tail();
         assert_eq!(tail.len(), TAIL_LINES);
         assert_eq!(tail.last().unwrap(), &format!("line {}", BURST_LINES + 99));
+    }
+
+    #[tokio::test]
+    async fn an_appliance_tells_once_how_it_booted() {
+        let first = BootTimes { agent: 1, modules: 2, controls: 3, windows: 4 };
+        let second = BootTimes { windows: 5, ..first };
+        let text = format!("kernel\n{first}\r\n{second}\n").into_bytes();
+        let told = async |source| {
+            let mut log = Log::follow(std::io::Cursor::new(text.clone()), source, Output::discard());
+            log.drain(Duration::from_secs(10)).await;
+            log.boot().map(|(_, times)| times)
+        };
+        assert_eq!(told(Source::Appliance(ApplianceId(1))).await, Some(first));
+        assert_eq!(told(Source::Qemu(ApplianceId(1))).await, None);
     }
 }

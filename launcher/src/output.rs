@@ -218,6 +218,17 @@ fn ready_text(
         seconds(timings.qemu_started),
         pids.qemu,
     );
+    if let Some(boot) = &timings.boot {
+        text.push_str(&format!(
+            "  kernel started at {:.2} s, agent at {:.2} s; modules loaded at {:.2} s, control devices started at {:.2} s, \
+             windows open at {:.2} s\n",
+            seconds(boot.kernel_started),
+            seconds(boot.agent_started),
+            seconds(boot.modules_loaded),
+            seconds(boot.controls_started),
+            seconds(boot.windows_open),
+        ));
+    }
     for ChannelFacts { name, path } in channels {
         text.push_str(&format!("  channel {name}: {path}\n"));
     }
@@ -255,7 +266,10 @@ fn write_records(records: &Receiver<Record>, pending: &AtomicUsize, mut files: O
 
 #[cfg(test)]
 mod tests {
+    use vvu_appliance_config::BootTimes;
+
     use super::*;
+    use crate::events::BootMs;
     use crate::supervisor::PortId;
 
     #[test]
@@ -278,11 +292,19 @@ mod tests {
             ports: vec![port],
             channels: vec![channel],
             pids: Pids { vvu: 1, bridge: 2, qemu: 3 },
-            timings_ms: TimingsMs { bridge_listening: 30, qemu_started: 40, ready: 2500 },
+            timings_ms: TimingsMs {
+                bridge_listening: 30,
+                qemu_started: 40,
+                boot: Some(BootMs::new(2000, BootTimes { agent: 700, modules: 800, controls: 900, windows: 1000 })),
+                ready: 2500,
+            },
             vmms: ["QEMU", "Firecracker"].map(line).to_vec(),
         };
         let (stdout, stderr) = text_of(&ready);
         assert!(stdout.starts_with("ready in 2.50 s: /run/d.sock\n"), "{stdout}");
+        let steps = "kernel started at 1.00 s, agent at 1.70 s; modules loaded at 1.80 s, control devices started at 1.90 s, \
+                     windows open at 2.00 s\n";
+        assert!(stdout.contains(steps), "{stdout}");
         assert!(stdout.contains("channel qmp: /run/d.sock.qmp\n"), "{stdout}");
         for vmm in ["QEMU", "Firecracker"] {
             assert!(stdout.contains(vmm), "{vmm}");

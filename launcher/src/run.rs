@@ -21,7 +21,7 @@ use crate::channel_links::ChannelLinks;
 use crate::cli::MachineArgs;
 use crate::control_socket::ControlSocket;
 use crate::ending::{Death, Ending};
-use crate::events::{ChannelFacts, Event, Pids, TimingsMs};
+use crate::events::{BootMs, ChannelFacts, Event, Pids, TimingsMs};
 use crate::fleet::{Fleet, Member};
 use crate::log_follow::{Pass, RateLimit};
 use crate::notify::{Notice, NotifySocket};
@@ -370,12 +370,19 @@ impl Run<'_> {
             timings_ms: TimingsMs {
                 bridge_listening: self.bridge_listening_ms,
                 qemu_started: self.qemu_started_ms,
+                boot: self.boot(),
                 ready: self.elapsed_ms(),
             },
             ports: starting::ports(&self.plan),
             channels: self.channel_facts(),
             vmms: vmm_lines::all(&self.plan),
         }
+    }
+
+    /// The steps of the boot of the appliance VM in use.
+    fn boot(&self) -> Option<BootMs> {
+        let (told, times) = self.supervisor.in_use().and_then(|id| self.fleet.boot(id))?;
+        Some(BootMs::new(in_ms(told.saturating_duration_since(self.started)), times))
     }
 
     /// Where the operator finds the channels.

@@ -4,10 +4,14 @@
 //! boot and checks it with [`ApplianceConfig::from_json`] before it acts on any of it. This crate knows the document and
 //! its rules; it opens no file and starts nothing.
 
+mod boot_times;
+
 use std::collections::BTreeSet;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+
+pub use boot_times::{BootTimes, NoBootTimes};
 
 /// Name of the fw_cfg item that carries the document.
 pub const FW_CFG_NAME: &str = "opt/org.vvu/appliance.json";
