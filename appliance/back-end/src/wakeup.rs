@@ -25,13 +25,14 @@ impl Wakeup {
 
     /// Wakes the waiting thread, or its next wait.
     pub fn wake(&self) {
-        self.fired.store(true, Ordering::Release);
         // The one possible failure is a full counter, and then the event is pending already.
         let _full = rustix::io::write(&self.eventfd, &1u64.to_ne_bytes());
+        // Last: who sees the mark and takes it away finds the event.
+        self.fired.store(true, Ordering::SeqCst);
     }
 
-    /// Whether it has fired and was not taken back by [`Wakeup::consume`]; costs no system call. May be true after the event
-    /// was taken back, if it fired just then.
+    /// Whether it has fired and was not taken back by [`Wakeup::consume`]; costs no system call. Who sees that is to
+    /// call [`Wakeup::consume`], which may find the event gone: somebody who waits has been faster.
     #[must_use]
     pub fn has_fired(&self) -> bool {
         self.fired.load(Ordering::Acquire)
@@ -40,7 +41,7 @@ impl Wakeup {
     /// Takes the event back; false if there is none.
     pub fn consume(&self) -> bool {
         // First: who wakes in between leaves the mark, and one look too many.
-        self.fired.store(false, Ordering::Release);
+        self.fired.store(false, Ordering::SeqCst);
         rustix::io::read(&self.eventfd, &mut [0; 8]).is_ok()
     }
 }

@@ -70,6 +70,11 @@ impl Bell {
         (!self.pending.is_empty()).then(|| unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) })
     }
 
+    /// Whether [`Bell::proceed`] has something to do at this moment.
+    pub(crate) fn has_progress(&mut self) -> bool {
+        !self.pending.is_empty() && !self.ring.completion().is_empty()
+    }
+
     /// Takes note of what was written.
     pub(crate) fn proceed(&mut self) {
         while let Some(completion) = self.next_completion() {

@@ -19,7 +19,7 @@ use crate::bell::Bell;
 use crate::control_requests::{Report, carry_out};
 use crate::device::PortDevice;
 use crate::port::PortSettings;
-use crate::switch::Switch;
+use crate::switch::{Switch, Threads};
 use crate::tap::Tap;
 use crate::uplink::{self, Uplink};
 
@@ -37,6 +37,8 @@ pub struct Options {
     pub mtu: u16,
     /// Where the control channel is.
     pub control: Option<PathBuf>,
+    /// How the queues' threads work.
+    pub threads: Threads,
 }
 
 /// One port.
@@ -64,6 +66,12 @@ pub enum DaemonError {
         /// Cause.
         source: io::Error,
     },
+    /// A CPU of the list is the reason.
+    #[error("CPU {cpu} is not there, or not for this process; leave it out of --cpus")]
+    Cpu {
+        /// Its number.
+        cpu: usize,
+    },
     /// io_uring does not work here.
     #[error("io_uring cannot be set up; it needs Linux 6.1 with kernel.io_uring_disabled=0")]
     IoUring(#[source] io::Error),
@@ -77,7 +85,10 @@ pub enum DaemonError {
 /// # Errors
 /// [`DaemonError`] if a socket or the uplink cannot be used. What a front-end or the driver does is never an error.
 pub fn run(options: Options) -> Result<(), DaemonError> {
-    let Options { ports, tap, mtu, control } = options;
+    let Options { ports, tap, mtu, control, threads } = options;
+    if let Err(cpu) = threads.cpus.check() {
+        return Err(DaemonError::Cpu { cpu });
+    }
     // First: the descriptors of `fd=` must not be mixed up with ones that are opened here, and threads that are started
     // later inherit the signal mask.
     let front_ends = ports.iter().map(|port| FrontEnds::new(&port.endpoint)).collect::<Result<Vec<_>, _>>()?;
@@ -88,7 +99,7 @@ pub fn run(options: Options) -> Result<(), DaemonError> {
     let uplink =
         tap.map(|name| Tap::open(&name, lanes).map(Uplink::new).map_err(|source| DaemonError::Tap { name, source }));
     let settings = ports.into_iter().map(|port| port.settings).collect();
-    let switch = Arc::new(Switch::new(settings, uplink.transpose()?, mtu));
+    let switch = Arc::new(Switch::new(settings, uplink.transpose()?, mtu, threads));
     let _control = control.map(|path| {
         let switch = Arc::clone(&switch);
         ControlChannel::open(&path, move |request| carry_out(&switch, request))

@@ -107,6 +107,10 @@ impl Device for PortDevice {
         Ok(())
     }
 
+    fn cpu_of_queue(&self, index: u16) -> Option<usize> {
+        self.switch.cpu_of_pair(self.index, index / 2)
+    }
+
     fn serve(&self, service: Service<'_>) {
         let Some(port) = self.port() else { return };
         let (queue, bits) = (service.index(), service.features().bits());

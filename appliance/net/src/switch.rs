@@ -7,6 +7,9 @@
 use std::sync::{PoisonError, RwLock};
 use std::time::Instant;
 
+use vvu_back_end::cpus::CpuList;
+use vvu_back_end::polling::PollSettings;
+
 use crate::bell::Bell;
 use crate::checksum;
 use crate::counters::Counters;
@@ -37,9 +40,20 @@ pub(crate) enum Place {
     Uplink,
 }
 
+/// How the threads of queues work.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Threads {
+    /// How long they look for packets by themselves.
+    pub polling: PollSettings,
+    /// Where they run: one CPU for each queue pair.
+    pub cpus: CpuList,
+}
+
 /// See the module's text.
 #[derive(Debug)]
 pub(crate) struct Switch {
+    /// How the queues' threads are to work.
+    pub(crate) threads: Threads,
     ports: Vec<Port>,
     uplink: Option<Uplink>,
     mtu: u16,
@@ -47,9 +61,10 @@ pub(crate) struct Switch {
 }
 
 impl Switch {
-    pub(crate) fn new(ports: Vec<PortSettings>, uplink: Option<Uplink>, mtu: u16) -> Self {
+    pub(crate) fn new(ports: Vec<PortSettings>, uplink: Option<Uplink>, mtu: u16, threads: Threads) -> Self {
         let ports = ports.into_iter().enumerate();
         Self {
+            threads,
             ports: ports.map(|(index, settings)| Port::new(index, settings, mtu)).collect(),
             uplink,
             mtu,
@@ -67,6 +82,12 @@ impl Switch {
 
     pub(crate) fn uplink(&self) -> Option<&Uplink> {
         self.uplink.as_ref()
+    }
+
+    /// The CPU for the threads of a queue pair.
+    pub(crate) fn cpu_of_pair(&self, port: usize, pair: u16) -> Option<usize> {
+        let before = self.ports.iter().take(port).map(|port| port.max_pairs).sum::<u16>();
+        self.threads.cpus.of_queue(before.saturating_add(pair))
     }
 
     /// Forgets who is behind a port.

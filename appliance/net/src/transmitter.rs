@@ -1,8 +1,13 @@
 //! A transmit queue: its thread takes packets from the ring and carries each of them to where it is to go.
+//!
+//! When the ring is empty, the thread looks at it for a while before it asks the driver to notify ([`Polling`]). Whoever asks
+//! for a notification looks once more after that: what the driver has made available before it saw the wish, it does not
+//! notify of. Receive queues need no such thing: those who have packets look at them.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use vvu_back_end::polling::{Look, PollMode, Polling};
 use vvu_back_end::{Chain, Ring, RingError, Service, total_len};
 
 use crate::driver_data::MemoryWatch;
@@ -15,6 +20,9 @@ use crate::receiver::header_len;
 use crate::switch::{Place, Switch};
 use crate::waiting::Waiting;
 
+/// Looks at the ring between two looks at the clock.
+const LOOKS: u32 = 32;
+
 /// Most packets until receivers and the sender see what has become of them.
 const BATCH: u16 = 32;
 
@@ -23,8 +31,10 @@ const BATCH: u16 = 32;
 enum Intake {
     /// There may be heads to take right now.
     Ready,
-    /// After the next kick.
+    /// After the next kick: the driver notifies.
     Waiting,
+    /// All that was there is taken, and the driver does not notify.
+    Drained,
     /// After a moment: the port is at its limit.
     Limited(Instant),
     /// After the next wakeup: the front-end has to give something first.
@@ -46,6 +56,8 @@ struct Transmitter<'a> {
     watch: MemoryWatch,
     /// Something of the ring or of its next packet had to be waited for.
     pauses: bool,
+    /// How long the thread looks for packets by itself.
+    polling: Polling,
     front: Box<[u8; FRONT_LEN]>,
 }
 
@@ -64,6 +76,7 @@ pub(crate) fn serve(switch: &Switch, port: &Port, service: &Service<'_>) {
         offloads: Offloads::of_sender(bits),
         watch: MemoryWatch::new(),
         pauses: false,
+        polling: Polling::new(switch.threads.polling),
         front: Box::new([0; FRONT_LEN]),
     };
     transmitter.run();
@@ -82,12 +95,20 @@ impl Transmitter<'_> {
             if intake == Intake::Ready {
                 intake = self.work();
             }
+            if intake == Intake::Drained {
+                intake = self.look_for_work(&waiting);
+            }
+            if intake == Intake::Ready && !waiting.has_events(&mut self.outbox.bell) {
+                self.end_idle_time();
+                continue;
+            }
             let limit = match intake {
                 Intake::Ready => Some(Duration::ZERO),
                 Intake::Limited(until) => Some(until.saturating_duration_since(Instant::now())),
                 _ => None,
             };
             let events = waiting.wait(&mut self.outbox.bell, limit);
+            self.end_idle_time();
             if events.kicked {
                 self.port.counters.kicks.count();
             }
@@ -100,6 +121,37 @@ impl Transmitter<'_> {
                 Intake::Limited(until) if Instant::now() >= until => Intake::Ready,
                 other => other,
             };
+        }
+    }
+
+    /// Looks for packets, as long as that is worth it; then has the driver notify.
+    fn look_for_work(&mut self, waiting: &Waiting) -> Intake {
+        let look = if self.polling.mode() == PollMode::Off { Look::Not } else { self.polling.begin(Instant::now()) };
+        while look != Look::Not {
+            for _ in 0..LOOKS {
+                if waiting.has_events(&mut self.outbox.bell) {
+                    return Intake::Ready;
+                }
+                match self.ring.as_ref().map(Ring::has_heads) {
+                    Some(Ok(false)) => std::hint::spin_loop(),
+                    // What is wrong with the ring shows when it is used.
+                    Some(Ok(true) | Err(_)) | None => return Intake::Ready,
+                }
+            }
+            if matches!(look, Look::Until(until) if Instant::now() >= until) {
+                break;
+            }
+        }
+        match self.ring.as_mut().map(Ring::listen) {
+            Some(Ok(true)) => Intake::Ready,
+            Some(Ok(false)) | None => Intake::Waiting,
+            Some(Err(error)) => self.pause_or_break(error.into()),
+        }
+    }
+
+    fn end_idle_time(&mut self) {
+        if self.polling.is_idle() {
+            self.polling.end(Instant::now());
         }
     }
 
@@ -138,8 +190,7 @@ impl Transmitter<'_> {
         if std::mem::take(&mut self.pauses) {
             self.service.resume();
         }
-        let Some(ring) = &mut self.ring else { return Ok(Intake::Paused) };
-        if count > BATCH || ring.listen()? { Ok(Intake::Ready) } else { Ok(Intake::Waiting) }
+        Ok(if count > BATCH { Intake::Ready } else { Intake::Drained })
     }
 
     /// Takes one packet and sends it on its way; says how long to wait if the port is at its limit.

@@ -57,7 +57,13 @@ impl Waiting {
         if progressed {
             bell.proceed();
         }
-        Events { kicked: kicked && self.take_kick(), woken: woken && self.wakeup.consume() }
+        let woken = (woken || self.wakeup.has_fired()) && self.wakeup.consume();
+        Events { kicked: kicked && self.take_kick(), woken }
+    }
+
+    /// Whether [`Waiting::wait`] would find something but a kick right now. Makes no system call.
+    pub(crate) fn has_events(&self, bell: &mut Bell) -> bool {
+        self.wakeup.has_fired() || bell.has_progress()
     }
 
     /// Takes the kick without waiting, whatever its flags are.
