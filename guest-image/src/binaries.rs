@@ -14,6 +14,8 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 const PROFILE: &str = "appliance";
 /// Where they are built, below the target directory.
 const BUILD_DIRECTORY: &str = "appliance-build";
+/// Where they are built with symbols, below the target directory.
+const SYMBOLS_DIRECTORY: &str = "appliance-symbols";
 /// Separates flags in `CARGO_ENCODED_RUSTFLAGS` (Cargo reference, "Environment variables").
 const FLAG_SEPARATOR: &str = "\u{1f}";
 
@@ -46,12 +48,29 @@ pub fn build_driver_binaries(workspace: &Path, target: &Path) -> Result<(), Imag
     build_static(workspace, target, &["vvu-witness", "vvu-station"])
 }
 
+/// Builds the back-ends as [`build_appliance_binaries`] does, but with names and lines in them, in a directory of their own:
+/// the block back-end and the network back-end. The instructions are the same.
+///
+/// # Errors
+/// [`ImageError::Cargo`] and [`ImageError::Build`]; cargo itself says why on standard error.
+pub fn build_back_ends_with_symbols(workspace: &Path, target: &Path) -> Result<[PathBuf; 2], ImageError> {
+    let names = ["vvu-blk", "vvu-net"];
+    let symbols = [("CARGO_PROFILE_APPLIANCE_STRIP", "none"), ("CARGO_PROFILE_APPLIANCE_DEBUG", "line-tables-only")];
+    build(workspace, &target.join(SYMBOLS_DIRECTORY), &names, &symbols)?;
+    Ok(names.map(|name| target.join(SYMBOLS_DIRECTORY).join(TARGET).join(PROFILE).join(name)))
+}
+
 /// Where a program that was built for a VM is, in the given target directory.
 pub fn static_program(target: &Path, name: &str) -> PathBuf {
     target.join(BUILD_DIRECTORY).join(TARGET).join(PROFILE).join(name)
 }
 
 fn build_static(workspace: &Path, target: &Path, packages: &[&str]) -> Result<(), ImageError> {
+    build(workspace, &target.join(BUILD_DIRECTORY), packages, &[])
+}
+
+/// Builds with these settings of cargo instead of the profile's own.
+fn build(workspace: &Path, directory: &Path, packages: &[&str], settings: &[(&str, &str)]) -> Result<(), ImageError> {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let flags = [vec!["-C".into(), "target-feature=+crt-static".into()], remapped_paths(workspace)?].concat();
     let status = Command::new(cargo)
@@ -59,7 +78,8 @@ fn build_static(workspace: &Path, target: &Path, packages: &[&str]) -> Result<()
         .args(["build", "--profile", PROFILE, "--target", TARGET])
         .args(packages.iter().flat_map(|package| ["--package", package]))
         .arg("--target-dir")
-        .arg(target.join(BUILD_DIRECTORY))
+        .arg(directory)
+        .envs(settings.iter().copied())
         .env("CARGO_ENCODED_RUSTFLAGS", flags.join(FLAG_SEPARATOR))
         // Flags of this process's own build would be added to ours.
         .env_remove("RUSTFLAGS")

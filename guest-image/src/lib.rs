@@ -21,7 +21,9 @@ mod overlay;
 mod programs;
 
 pub use appliance::{ApplianceFiles, appliance_initramfs, build_appliance_image};
-pub use binaries::{ApplianceBinaries, build_appliance_binaries, build_driver_binaries, static_program};
+pub use binaries::{
+    ApplianceBinaries, build_appliance_binaries, build_back_ends_with_symbols, build_driver_binaries, static_program,
+};
 pub use driver::{DriverExtras, build_driver_image};
 pub use error::ImageError;
 pub use initramfs::{DeviceKind, Initramfs};

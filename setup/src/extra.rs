@@ -25,6 +25,8 @@ pub enum Extra {
     Dpdk,
     /// `usr/bin/vhost-device-vsock`, of the release that comes next.
     VhostDeviceVsock,
+    /// Valgrind's tools, of which callgrind counts instructions.
+    Valgrind,
 }
 
 impl Extra {
@@ -58,6 +60,7 @@ impl Extra {
             Self::Passt => &["passt"],
             Self::Dpdk => &["dpdk-testpmd"],
             Self::VhostDeviceVsock => &["vhost-device-vsock"],
+            Self::Valgrind => &["valgrind"],
         }
     }
 
@@ -71,6 +74,7 @@ impl Extra {
             Self::Passt => Step::extra("passt", "passt", &["passt"]),
             Self::Dpdk => Step::extra("dpdk", "DPDK", &["dpdk-dev", "librte-net-vhost25"]),
             Self::VhostDeviceVsock => Step::next_release("vsock", "vhost-device-vsock", &["vhost-device-vsock"]),
+            Self::Valgrind => Step::extra("valgrind", "valgrind", &["valgrind"]),
         }
     }
 }
@@ -85,7 +89,8 @@ mod tests {
         assert_eq!(name(Extra::StorageDaemon), Step::qemu().directory_name());
         assert!(name(Extra::Virtiofsd).starts_with("virtiofsd-"));
         // An older recipe of a step is removed by its name, so no two steps share one.
-        let extras = [Extra::Virtiofsd, Extra::Network, Extra::Passt, Extra::Dpdk, Extra::VhostDeviceVsock];
+        let extras =
+            [Extra::Virtiofsd, Extra::Network, Extra::Passt, Extra::Dpdk, Extra::VhostDeviceVsock, Extra::Valgrind];
         let names = extras.map(|extra| extra.step().name);
         let others = [Step::kernel(), Step::qemu(), Step::driver(), Step::qemu_distribution("x")].map(|step| step.name);
         assert!(names.iter().all(|name| !others.contains(name)));

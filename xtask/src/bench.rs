@@ -11,7 +11,7 @@ use vvu_tests::bench::{self, BenchOptions, memory};
 use vvu_tests::pauses::{self, PausesOptions};
 
 use crate::cli::{Bench, Figure, Measured};
-use crate::image;
+use crate::{image, instructions};
 use crate::workspace::{Profile, Workspace, run as run_command};
 
 /// Tell the benchmark which programs to start (`vvu_tests::testbed::workspace_program`).
@@ -26,7 +26,7 @@ const PAUSES_ROUNDS: u32 = 10;
 /// Runs the benchmark on the programs that the environment names, else on release builds.
 pub(crate) fn run(workspace: &Workspace, options: &Bench) -> anyhow::Result<()> {
     let own = || env::current_exe().context("cannot find this executable");
-    if env::var_os(VVU_VARIABLE).is_none() {
+    if env::var_os(VVU_VARIABLE).is_none() && options.figure != Figure::Instructions {
         image::build(workspace)?;
         workspace.build_programs(Profile::Release)?;
         let release = workspace.target.join("release");
@@ -48,6 +48,7 @@ pub(crate) fn run(workspace: &Workspace, options: &Bench) -> anyhow::Result<()> 
             runtime: Duration::from_secs(options.runtime),
             json: options.json,
         }),
+        Figure::Instructions => instructions::bench(workspace, options),
         Figure::Memory => memory::run(options.json),
         Figure::Pauses => {
             pauses::run(&PausesOptions { rounds: options.rounds.unwrap_or(PAUSES_ROUNDS), json: options.json })

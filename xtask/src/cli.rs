@@ -118,6 +118,9 @@ pub(crate) struct Bench {
     /// Which disk is compared with qemu-storage-daemon's
     #[arg(long, value_enum, default_value_t = Measured::Vvu)]
     pub(crate) measured: Measured,
+    /// Make the figures of instructions the baseline
+    #[arg(long)]
+    pub(crate) accept: bool,
     /// Print one JSON document instead of a table
     #[arg(long)]
     pub(crate) json: bool,
@@ -157,6 +160,8 @@ pub(crate) enum Figure {
     Net,
     /// Memory of an appliance VM for each class of device, and the size of its image
     Memory,
+    /// Instructions of the back-ends per request, counted by callgrind, beside a baseline, and the functions they are in
+    Instructions,
     /// How long the driver VM waits when something behind its disk is lost or replaced, or when it migrates
     Pauses,
 }

@@ -8,7 +8,7 @@ use serde::Deserialize;
 use crate::workspace::Workspace;
 
 /// Which crates of the workspace a crate may use. Tests of a crate (dev-dependencies) are free.
-const ALLOWED: [(&str, &[&str]); 18] = [
+const ALLOWED: [(&str, &[&str]); 19] = [
     ("vvu-protocol", &[]),
     ("vvu-socket", &["vvu-protocol"]),
     ("vvu-bridge", &["vvu-protocol", "vvu-socket"]),
@@ -21,6 +21,7 @@ const ALLOWED: [(&str, &[&str]); 18] = [
     ("vvu-test-driver", &[]),
     // Measures programs over their sockets, from outside.
     ("vvu-bench", &[]),
+    ("vvu-instructions", &["vvu-setup", "vvu-test-driver"]),
     ("vvu-agent", &["vvu-appliance-config", "vvu-protocol", "vvu-socket"]),
     // Other parts are programs to it, as they are to an operator.
     ("vvu", &["vvu-appliance-config", "vvu-protocol"]),

@@ -7,6 +7,7 @@ mod bench;
 mod cli;
 mod dependencies;
 mod image;
+mod instructions;
 mod report;
 mod simulate;
 mod test;

@@ -11,7 +11,7 @@ use anyhow::Context;
 use crate::cli::Test;
 use crate::report::{Outcome, Report, TestLines};
 use crate::workspace::{Profile, Workspace, run as run_command};
-use crate::{dependencies, image, simulate};
+use crate::{dependencies, image, instructions, simulate};
 
 /// Steps that others need.
 const SETUP: &str = "set-up";
@@ -59,6 +59,9 @@ fn machines(report: &mut Report, workspace: &Workspace, filter: Option<&str>) {
     if report.has_passed(SETUP) {
         check(report, IMAGE, || image::build(workspace).map(drop));
         check(report, "image is reproducible", || image::check_reproducible(workspace));
+    }
+    if report.has_passed(IMAGE) {
+        check(report, "instructions per request", || instructions::check(workspace));
     }
     const STEP: &str = "whole machines";
     match [SETUP, IMAGE, PROGRAMS].into_iter().find(|step| !report.has_passed(step)) {

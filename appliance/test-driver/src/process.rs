@@ -26,13 +26,23 @@ struct Log {
 impl Process {
     /// Starts a program. What it says is printed with `name` before it.
     #[must_use]
-    pub fn spawn(name: &'static str, mut command: Command) -> Self {
+    pub fn spawn(name: &'static str, command: Command) -> Self {
+        Self::spawn_heard(command, move |line| eprintln!("[{name}] {line}"))
+    }
+
+    /// Starts a program. What it says is not printed.
+    #[must_use]
+    pub fn spawn_quietly(command: Command) -> Self {
+        Self::spawn_heard(command, |_line| {})
+    }
+
+    fn spawn_heard(mut command: Command, hear: impl Fn(&str) + Send + 'static) -> Self {
         let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         let log = Arc::new(Log::default());
         let (stderr, writer) = (child.stderr.take().unwrap(), Arc::clone(&log));
         std::thread::spawn(move || {
             for line in BufReader::new(stderr).lines().map_while(Result::ok) {
-                eprintln!("[{name}] {line}");
+                hear(&line);
                 writer.lines.lock().unwrap().0.push(line);
                 writer.grown.notify_all();
             }
