@@ -1,5 +1,6 @@
 //! Latencies: a histogram that never allocates while it is filled.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use hdrhistogram::Histogram;
@@ -82,6 +83,25 @@ impl Latencies {
     }
 }
 
+/// A histogram for the eye: shares of all requests, in per cent, in ranges that are as many to each power of ten; each stands at
+/// its middle, with an empty one before and behind. Takes what [`Summary::histogram`] has, of several runs one after the other.
+#[must_use]
+pub fn shares(histogram: &[(f64, u64)], ranges_per_decade: u32) -> Vec<(f64, f64)> {
+    let per_decade = f64::from(ranges_per_decade);
+    let all: u64 = histogram.iter().map(|(_, count)| count).sum();
+    let mut ranges = BTreeMap::new();
+    for (us, count) in histogram.iter().filter(|(us, _)| *us > 0.0) {
+        #[expect(clippy::cast_possible_truncation, reason = "a logarithm of microseconds is a small number")]
+        let range = (us.log10() * per_decade).floor() as i32;
+        *ranges.entry(range).or_insert(0) += count;
+    }
+    let middle = |range: i32| 10f64.powf((f64::from(range) + 0.5) / per_decade);
+    let (first, last) = (ranges.keys().next().copied(), ranges.keys().last().copied());
+    let span = first.zip(last).map(|(first, last)| first - 1..=last + 1);
+    let share = |range| ranges.get(&range).copied().unwrap_or(0) as f64 * 100.0 / all as f64;
+    span.into_iter().flatten().map(|range| (middle(range), share(range))).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -99,5 +119,12 @@ mod tests {
         assert_eq!(summary.histogram.iter().map(|(_, count)| count).sum::<u64>(), 100);
         all.record(LONGEST * 3);
         assert!(all.summary().max >= 6e7);
+    }
+
+    #[test]
+    fn shares_add_up_and_have_no_gaps() {
+        let shares = shares(&[(1.0, 1), (1.5, 1), (150.0, 2)], 1);
+        let rounded: Vec<_> = shares.iter().map(|(us, share)| (us.round(), *share)).collect();
+        assert_eq!(rounded, [(0.0, 0.0), (3.0, 50.0), (32.0, 0.0), (316.0, 50.0), (3162.0, 0.0)]);
     }
 }

@@ -20,10 +20,14 @@ use crate::driver_vm::{Disk, DriverVm, DriverVmPlan, kvm_is_usable};
 use crate::evidence;
 use crate::fio::{Figures, Job};
 use crate::image_file::create;
-use crate::testbed::{Testbed, Turn};
+use crate::testbed::{Testbed, Turn, target_dir};
 
+pub mod back_ends;
 pub mod memory;
 pub mod network;
+mod side_by_side;
+
+pub use side_by_side::Runs;
 
 /// The jobs, in the order of the table.
 const JOBS: [Job; 6] = [
@@ -173,6 +177,16 @@ fn fill(image: &std::path::Path, len: u64) -> Result<()> {
         file.write_all(&piece).context("cannot fill the image")?;
     }
     file.set_len(len).and_then(|()| file.sync_all()).context("cannot fill the image")
+}
+
+/// Writes a report's files to `target/bench`, and its tables to standard output.
+pub(crate) fn finish_report(report: &vvu_bench::report::Report) -> Result<()> {
+    let files = report.write(&target_dir()?.join("bench"))?;
+    write!(io::stdout(), "{}", report.markdown()).context("cannot write the report")?;
+    for file in files {
+        eprintln!("bench: {}", file.display());
+    }
+    Ok(())
 }
 
 fn compare(vm: &mut DriverVm, job: &Job, options: &BenchOptions) -> Result<Row> {

@@ -1,6 +1,7 @@
 //! The command line.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use vvu_guest_image::Overlay;
@@ -109,9 +110,9 @@ pub(crate) struct Bench {
     /// Rounds of each job, or of each kind of pause [default: 3, and 10 for pauses]; memory has none
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) rounds: Option<u32>,
-    /// Seconds of each run of fio or iperf3
-    #[arg(long, value_name = "SECONDS", default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..))]
-    pub(crate) runtime: u64,
+    /// Seconds of each run of fio, iperf3 or vvu-bench [default: 4, and 0.5 for vvu-bench]
+    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
+    pub(crate) runtime: Option<Duration>,
     /// Size of the disk's image in MiB
     #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u64).range(64..))]
     pub(crate) image_size: u64,
@@ -124,6 +125,11 @@ pub(crate) struct Bench {
     /// Print one JSON document instead of a table
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+fn parse_seconds(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    seconds.filter(|time| !time.is_zero()).ok_or_else(|| "expected a number of seconds, as 4 or 0.5".to_owned())
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -162,8 +168,17 @@ pub(crate) enum Figure {
     Memory,
     /// Instructions of the back-ends per request, counted by callgrind, beside a baseline, and the functions they are in
     Instructions,
+    /// The block back-end on the host beside qemu-storage-daemon on the host: what there is without any VM
+    Backend,
     /// How long the driver VM waits when something behind its disk is lost or replaced, or when it migrates
     Pauses,
+}
+
+impl Figure {
+    /// Whether an appliance VM is part of it.
+    pub(crate) fn needs_image(self) -> bool {
+        self != Self::Backend
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

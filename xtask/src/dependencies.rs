@@ -31,7 +31,7 @@ const ALLOWED: [(&str, &[&str]); 19] = [
     // They run in a driver VM, alone.
     ("vvu-station", &[]),
     ("vvu-witness", &[]),
-    ("vvu-tests", &["vvu-guest-image", "vvu-setup", "vvu-witness"]),
+    ("vvu-tests", &["vvu-bench", "vvu-guest-image", "vvu-setup", "vvu-witness"]),
     ("xtask", &["vvu-guest-image", "vvu-setup", "vvu-tests"]),
 ];
 

@@ -9,6 +9,9 @@ use anyhow::{Context, bail};
 /// Programs that demo, tests and benchmark start on the host.
 const PROGRAM_PACKAGES: [&str; 4] = ["vvu", "vvu-bridge", "vvu-blk", "vvu-net"];
 
+/// Programs that only figures need.
+const BENCH_PACKAGES: [&str; 1] = ["vvu-bench"];
+
 /// A profile of the workspace's `Cargo.toml`, for what runs on the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Profile {
@@ -46,10 +49,12 @@ impl Workspace {
     /// Builds what is started on the host.
     pub(crate) fn build_programs(&self, profile: Profile) -> anyhow::Result<()> {
         let mut command = self.cargo(&["build"]);
+        let mut packages = PROGRAM_PACKAGES.to_vec();
         if profile == Profile::Release {
             command.arg("--release");
+            packages.extend(BENCH_PACKAGES);
         }
-        for package in PROGRAM_PACKAGES {
+        for package in packages {
             command.args(["--package", package]);
         }
         run(&mut command)

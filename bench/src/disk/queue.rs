@@ -43,7 +43,8 @@ struct Blocks {
     sectors: u64,
 }
 
-/// What is measured: everything that ends within a span of time, or the first so many requests after the warm-up.
+/// What is measured: everything that ends within a span of time, but at least one request; or the first so many requests after
+/// the warm-up.
 struct Measurement {
     start: Instant,
     end: Option<Instant>,
@@ -213,7 +214,7 @@ impl Measurement {
     }
 
     fn is_over(&self, now: Instant) -> bool {
-        self.left == 0 || self.end.is_some_and(|end| now >= end)
+        self.left == 0 || (self.requests > 0 && self.end.is_some_and(|end| now >= end))
     }
 }
 
@@ -255,6 +256,8 @@ mod tests {
         assert!(!measurement.counts(at(999)) && measurement.counts(at(1000)) && measurement.counts(at(1999)));
         assert!(!measurement.counts(at(2000)) && measurement.is_over(at(2000)));
         assert_eq!((measurement.requests, measurement.last), (2, at(1999)));
+        let mut slow = Measurement::new(&load(false, Limit::Time(Duration::from_secs(1))), begin);
+        assert!(!slow.is_over(at(3000)) && slow.counts(at(3000)) && slow.is_over(at(3000)));
     }
 
     #[test]

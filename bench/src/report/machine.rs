@@ -21,7 +21,7 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// The one that this runs on.
+    /// The one that this runs on. A device for KVM may be there where the processor has no such mode.
     #[must_use]
     pub fn this_one() -> Self {
         let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
@@ -29,12 +29,14 @@ impl Machine {
             let line = cpuinfo.lines().find(|line| line.starts_with(name));
             line.and_then(|line| line.split_once(':')).map(|(_, value)| value.trim().to_owned())
         };
+        let flags = field("flags").unwrap_or_default();
+        let has = |names: &[&str]| flags.split(' ').any(|flag| names.contains(&flag));
         Self {
             processor: field("model name").unwrap_or_else(|| "unknown processor".to_owned()),
             cores: thread::available_parallelism().map_or(1, usize::from),
             kernel: uname().release().to_string_lossy().into_owned(),
-            is_virtual: field("flags").is_some_and(|flags| flags.split(' ').any(|flag| flag == "hypervisor")),
-            kvm: fs::File::options().read(true).write(true).open("/dev/kvm").is_ok(),
+            is_virtual: has(&["hypervisor"]),
+            kvm: has(&["vmx", "svm"]) && fs::File::options().read(true).write(true).open("/dev/kvm").is_ok(),
         }
     }
 }

@@ -112,9 +112,14 @@ impl Plot {
             line.label(&series.name)
                 .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2)));
         }
+        // Lines rise to the right, and histograms fall.
+        let legend = match self.scale {
+            Scale::Mixed => SeriesLabelPosition::UpperRight,
+            Scale::Linear | Scale::Logarithmic => SeriesLabelPosition::UpperLeft,
+        };
         chart
             .configure_series_labels()
-            .position(SeriesLabelPosition::UpperLeft)
+            .position(legend)
             .background_style(WHITE.mix(0.85))
             .border_style(BLACK.mix(0.3))
             .draw()?;
