@@ -227,6 +227,9 @@ mod tests {
             ["--format", "vmdk"],
             ["--backing", "/no/format"],
             ["--iops", "-1"],
+            ["--poll", "sometimes"],
+            ["--poll-window", "1000001"],
+            ["--queue-cpus", "0-1"],
             ["--restart", "sometimes"],
             ["--restart-limit", "0/60"],
         ] {

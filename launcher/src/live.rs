@@ -202,7 +202,7 @@ fn judge(answer: &[u8]) -> anyhow::Result<Value> {
 #[cfg(test)]
 mod tests {
     use tokio::net::UnixListener;
-    use vvu_appliance_config::{BackEnd, BlkOptions, CONFIG_VERSION, Format, Layer, NetOptions};
+    use vvu_appliance_config::{BackEnd, BlkOptions, CONFIG_VERSION, Format, Layer, NetOptions, Threads};
 
     use super::*;
 
@@ -216,7 +216,18 @@ mod tests {
         let image = Layer { disk_serial: "vvu-disk-0".into(), format: Format::Raw };
         let limits = Limits { operations_per_second: 100, bytes_per_second: 0 };
         let (backing, serial) = (Vec::new(), "disk".to_owned());
-        config(Device::Blk(BlkOptions { image, backing, read_only: false, queues: 1, serial, limits }), 1)
+        config(
+            Device::Blk(BlkOptions {
+                image,
+                backing,
+                read_only: false,
+                queues: 1,
+                serial,
+                limits,
+                threads: Threads::default(),
+            }),
+            1,
+        )
     }
 
     fn switch() -> ApplianceConfig {
@@ -228,7 +239,7 @@ mod tests {
             limits: Limits::default(),
         };
         let ports = vec![port("52:54:00:00:00:01"), port("52:54:00:00:00:02")];
-        config(Device::Net(NetOptions { ports, uplink: None, mtu: 1500 }), 2)
+        config(Device::Net(NetOptions { ports, uplink: None, mtu: 1500, threads: Threads::default() }), 2)
     }
 
     #[test]

@@ -17,13 +17,19 @@ pub use boot_times::{BootTimes, NoBootTimes};
 pub const FW_CFG_NAME: &str = "opt/org.vvu/appliance.json";
 
 /// Version of the document that this crate reads and writes.
-pub const CONFIG_VERSION: u32 = 2;
+pub const CONFIG_VERSION: u32 = 3;
 
 /// Longest document that is read, in bytes; far above any real one.
 pub const MAX_CONFIG_LEN: usize = 64 * 1024;
 
 /// Most device sets of one appliance; a PCI root bus without bridges holds three devices of each.
 pub const MAX_DEVICE_SETS: usize = 8;
+
+/// Longest time in microseconds that a queue's thread may look for work before it sleeps.
+pub const MAX_POLL_WINDOW_US: u32 = 1_000_000;
+
+/// Highest number of a CPU of the appliance that can be named.
+pub const MAX_CPU: u16 = 1023;
 
 /// Most queues of one device, or queue pairs of a network device.
 pub const MAX_QUEUES: u16 = 64;
@@ -121,6 +127,18 @@ pub enum ConfigError {
         /// The name.
         found: String,
     },
+    /// A time to look for work is longer than [`MAX_POLL_WINDOW_US`].
+    #[error("queues look for work for {found} us, expected up to {MAX_POLL_WINDOW_US}")]
+    PollWindow {
+        /// Number that came.
+        found: u32,
+    },
+    /// A CPU is above [`MAX_CPU`].
+    #[error("queues run on CPU {found}, expected one up to {MAX_CPU}")]
+    Cpu {
+        /// Number that came.
+        found: u16,
+    },
     /// An MTU is not in [`MTU_RANGE`].
     #[error("MTU {found}, expected {} to {}", MTU_RANGE.start(), MTU_RANGE.end())]
     Mtu {
@@ -192,6 +210,8 @@ pub struct BlkOptions {
     pub queues: u16,
     /// Serial number that the driver VM sees (GET_ID).
     pub serial: String,
+    /// How the queues' threads work.
+    pub threads: Threads,
     /// What the driver VM may ask for at the most.
     pub limits: Limits,
 }
@@ -226,6 +246,31 @@ pub struct Limits {
     pub bytes_per_second: u64,
 }
 
+/// How the threads of a back-end's queues work, one for each queue or queue pair.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Threads {
+    /// When they look for work by themselves, instead of being notified of it.
+    pub poll: Poll,
+    /// Longest time that [`Poll::Auto`] looks before it sleeps, in microseconds, up to [`MAX_POLL_WINDOW_US`].
+    pub poll_window_us: u32,
+    /// CPUs of the appliance that they run on, one after the other; where the kernel wants if there are none.
+    pub cpus: Vec<u16>,
+}
+
+/// When threads look for work by themselves.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Poll {
+    /// Never.
+    Off,
+    /// For a while that adapts to what they find.
+    #[default]
+    Auto,
+    /// Without end.
+    Always,
+}
+
 /// Options of [`Device::Net`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -236,6 +281,8 @@ pub struct NetOptions {
     pub uplink: Option<String>,
     /// Largest packet without its Ethernet header, in bytes.
     pub mtu: u16,
+    /// How the queues' threads work.
+    pub threads: Threads,
 }
 
 /// One network device.
@@ -352,6 +399,7 @@ impl BackEnd {
 impl BlkOptions {
     fn check(&self) -> Result<(), ConfigError> {
         check_queues(self.queues)?;
+        self.threads.check()?;
         let disks = std::iter::once(&self.image).chain(&self.backing).map(|layer| &layer.disk_serial);
         disks.chain(std::iter::once(&self.serial)).try_for_each(|serial| check_serial(serial))
     }
@@ -362,11 +410,21 @@ impl NetOptions {
         if !MTU_RANGE.contains(&self.mtu) {
             return Err(ConfigError::Mtu { found: self.mtu });
         }
+        self.threads.check()?;
         for port in &self.ports {
             check_queues(port.queues)?;
             std::iter::once(&port.mac).chain(&port.filter.macs).try_for_each(|mac| check_mac(mac))?;
         }
         self.uplink.iter().try_for_each(|mac| check_mac(mac))
+    }
+}
+
+impl Threads {
+    fn check(&self) -> Result<(), ConfigError> {
+        if self.poll_window_us > MAX_POLL_WINDOW_US {
+            return Err(ConfigError::PollWindow { found: self.poll_window_us });
+        }
+        self.cpus.iter().find(|cpu| **cpu > MAX_CPU).map_or(Ok(()), |cpu| Err(ConfigError::Cpu { found: *cpu }))
     }
 }
 

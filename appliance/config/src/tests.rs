@@ -18,6 +18,7 @@ fn blk_example() -> ApplianceConfig {
         queues: 4,
         serial: "vvu-0".into(),
         limits: Limits { operations_per_second: 100, bytes_per_second: 0 },
+        threads: Threads { poll: Poll::Always, poll_window_us: 50, cpus: vec![0, 2] },
     }))
 }
 
@@ -32,7 +33,12 @@ fn net_port() -> PortOptions {
 }
 
 fn net_example() -> ApplianceConfig {
-    with(Device::Net(NetOptions { ports: vec![net_port()], uplink: Some("52:54:00:00:00:01".into()), mtu: 1500 }))
+    with(Device::Net(NetOptions {
+        ports: vec![net_port()],
+        uplink: Some("52:54:00:00:00:01".into()),
+        mtu: 1500,
+        threads: Threads::default(),
+    }))
 }
 
 fn exec_example() -> ApplianceConfig {
@@ -59,7 +65,7 @@ fn each_broken_rule_is_named() {
         (|c| c.back_ends[0].channels.push("../up".into()), "not a name"),
         (|c| c.back_ends[0].channels.push(CONTROL_CHANNEL.into()), "named twice"),
     ];
-    let of_blk: [(Breakage, &str); 4] = [
+    let of_blk: [(Breakage, &str); 6] = [
         (
             |c| c.back_ends[0].device_sets.push("6f1c1c0e-2b57-4a55-9d0f-0d6d1f7f3a12".into()),
             "2 device sets, expected 1",
@@ -67,14 +73,17 @@ fn each_broken_rule_is_named() {
         (|c| blk(c).queues = 0, "0 queues"),
         (|c| blk(c).serial = "with space".into(), "serial number"),
         (|c| blk(c).backing[0].disk_serial = "x".repeat(21), "serial number"),
+        (|c| blk(c).threads.poll_window_us = 1_000_001, "1000001 us"),
+        (|c| blk(c).threads.cpus = vec![0, 1024], "CPU 1024"),
     ];
-    let of_net: [(Breakage, &str); 6] = [
+    let of_net: [(Breakage, &str); 7] = [
         (|c| net(c).ports.resize(2, net_port()), "1 device sets, expected 2"),
         (|c| net(c).ports[0].queues = 65, "65 queues"),
         (|c| net(c).ports[0].mac = "53:54:00:12:34:56".into(), "not the MAC address"),
         (|c| net(c).ports[0].filter.macs.push("52-54-00-12-34-56".into()), "not the MAC address"),
         (|c| net(c).uplink = Some(String::new()), "not the MAC address"),
         (|c| net(c).mtu = 67, "MTU 67"),
+        (|c| net(c).threads.poll_window_us = u32::MAX, "4294967295 us"),
     ];
     let of_exec: [(Breakage, &str); 2] =
         [(|c| exec(c).command.clear(), "empty"), (|c| exec(c).disks[0].name = String::new(), "not a name")];

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use vvu_appliance_config::{Limits, MAX_QUEUES, MTU_RANGE};
+use vvu_appliance_config::{Limits, MAX_POLL_WINDOW_US, MAX_QUEUES, MTU_RANGE, Poll, Threads};
 
 use super::machine::MachineArgs;
 use super::values::{Backing, DiskSpec, ImageFormat, channel, serial};
@@ -13,6 +13,9 @@ use crate::size::Size;
 
 /// Vrings of a program's device, enough for every class but network devices with many queues.
 const EXEC_VRINGS: u16 = 8;
+
+/// Default of `--poll-window`, in microseconds.
+const DEFAULT_POLL_WINDOW_US: u32 = 32;
 
 /// Most that a driver VM may ask for.
 #[derive(Debug, Args)]
@@ -30,6 +33,57 @@ impl LimitArgs {
     /// What the agent is told.
     pub(crate) fn limits(&self) -> Limits {
         Limits { operations_per_second: self.iops, bytes_per_second: self.bandwidth.0 }
+    }
+}
+
+/// How the threads of the device's queues work.
+#[derive(Debug, Args)]
+pub(crate) struct ThreadArgs {
+    /// When a queue's thread looks for requests by itself, instead of being notified: off, never; auto, for a while that adapts to
+    /// what it finds; always, without end, which takes a CPU of the appliance for each queue
+    #[arg(long, value_name = "MODE", default_value = "auto")]
+    poll: PollChoice,
+
+    /// Longest time that auto looks before the thread sleeps, in microseconds
+    #[arg(long, value_name = "MICROSECONDS", default_value_t = DEFAULT_POLL_WINDOW_US,
+          value_parser = clap::value_parser!(u32).range(..=i64::from(MAX_POLL_WINDOW_US)))]
+    poll_window: u32,
+
+    /// CPUs of the appliance, from 0 to below --cpus, that the queues' threads run on, one after the other, as 0,1
+    /// [default: where the appliance's kernel wants]
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    queue_cpus: Vec<u16>,
+}
+
+/// Value of `--poll`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum PollChoice {
+    /// Never.
+    Off,
+    /// For a while.
+    Auto,
+    /// Without end.
+    Always,
+}
+
+impl ThreadArgs {
+    /// What the agent is told of an appliance with so many CPUs.
+    ///
+    /// # Errors
+    /// A CPU is named that the appliance does not have.
+    pub(crate) fn threads(&self, cpus: u16) -> anyhow::Result<Threads> {
+        if let Some(cpu) = self.queue_cpus.iter().find(|cpu| **cpu >= cpus) {
+            anyhow::bail!(
+                "--queue-cpus names CPU {cpu}, the appliance has 0 to {}; raise --cpus",
+                cpus.saturating_sub(1)
+            );
+        }
+        let poll = match self.poll {
+            PollChoice::Off => Poll::Off,
+            PollChoice::Auto => Poll::Auto,
+            PollChoice::Always => Poll::Always,
+        };
+        Ok(Threads { poll, poll_window_us: self.poll_window, cpus: self.queue_cpus.clone() })
     }
 }
 
@@ -73,6 +127,9 @@ pub(crate) struct BlkArgs {
 
     #[command(flatten)]
     pub(crate) limits: LimitArgs,
+
+    #[command(flatten)]
+    pub(crate) threads: ThreadArgs,
 
     #[command(flatten)]
     pub(crate) machine: MachineArgs,
@@ -126,6 +183,9 @@ pub(crate) struct NetArgs {
     pub(crate) limits: LimitArgs,
 
     #[command(flatten)]
+    pub(crate) threads: ThreadArgs,
+
+    #[command(flatten)]
     pub(crate) machine: MachineArgs,
 }
 
@@ -139,6 +199,9 @@ pub(crate) struct SwitchArgs {
 
     #[command(flatten)]
     pub(crate) uplink: UplinkArgs,
+
+    #[command(flatten)]
+    pub(crate) threads: ThreadArgs,
 
     #[command(flatten)]
     pub(crate) machine: MachineArgs,

@@ -50,6 +50,7 @@ impl Draft {
             queues: args.queues,
             serial: args.serial.clone().unwrap_or_else(|| serial_from(&args.image)),
             limits: args.limits.limits(),
+            threads: args.threads.threads(args.machine.cpus)?,
         };
         let (socket, queues) = (args.socket.clone(), args.queues);
         Ok(Self {

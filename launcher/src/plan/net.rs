@@ -1,7 +1,7 @@
 //! What `vvu run net` and `vvu run switch` want.
 
 use anyhow::{Context, bail};
-use vvu_appliance_config::{CONTROL_CHANNEL, Device, MAX_DEVICE_SETS, NetOptions};
+use vvu_appliance_config::{CONTROL_CHANNEL, Device, MAX_DEVICE_SETS, NetOptions, Threads};
 
 use super::draft::{Class, Draft, Nic, PortDraft};
 use crate::cli::{NetArgs, SwitchArgs, UplinkArgs};
@@ -23,16 +23,16 @@ impl Draft {
             vlans: args.vlans.clone(),
             limits: args.limits.limits(),
         };
-        switch(&[port], "--socket", &args.uplink)
+        switch(&[port], "--socket", &args.uplink, args.threads.threads(args.machine.cpus)?)
     }
 
     /// Several network devices, connected to each other.
     pub(crate) fn switch(args: &SwitchArgs) -> anyhow::Result<Self> {
-        switch(&args.ports, "--port", &args.uplink)
+        switch(&args.ports, "--port", &args.uplink, args.threads.threads(args.machine.cpus)?)
     }
 }
 
-fn switch(specs: &[PortSpec], option: &'static str, args: &UplinkArgs) -> anyhow::Result<Draft> {
+fn switch(specs: &[PortSpec], option: &'static str, args: &UplinkArgs, threads: Threads) -> anyhow::Result<Draft> {
     if specs.len() > MAX_DEVICE_SETS {
         bail!("{} ports are too many for one appliance VM; start another switch after {MAX_DEVICE_SETS}", specs.len());
     }
@@ -62,13 +62,14 @@ fn switch(specs: &[PortSpec], option: &'static str, args: &UplinkArgs) -> anyhow
         ports,
         nic,
         channels: vec![CONTROL_CHANNEL.to_owned()],
-        ..Draft::of(Class::Net, Device::Net(NetOptions { ports: options, uplink, mtu: args.mtu }))
+        ..Draft::of(Class::Net, Device::Net(NetOptions { ports: options, uplink, mtu: args.mtu, threads }))
     })
 }
 
 #[cfg(test)]
 mod tests {
     use clap::Parser;
+    use vvu_appliance_config::Poll;
 
     use super::*;
     use crate::cli::{Cli, Command, Device as Class};
@@ -102,6 +103,15 @@ mod tests {
         assert_eq!((options.uplink.as_ref(), options.mtu), (Some(&nic.mac.to_string()), 9000));
         assert_ne!(options.ports[0].mac, nic.mac.to_string());
         assert!(!nic.can_be_shared);
+    }
+
+    #[test]
+    fn queues_run_on_cpus_that_there_are() {
+        let net =
+            |cpus| draft(&["net", "--socket", "/run/a.sock", "--cpus", cpus, "--queue-cpus", "0,2", "--poll", "off"]);
+        let Device::Net(options) = net("3").unwrap().device else { panic!("not net") };
+        assert_eq!(options.threads, Threads { poll: Poll::Off, poll_window_us: 32, cpus: vec![0, 2] });
+        assert!(net("2").unwrap_err().to_string().contains("raise --cpus"));
     }
 
     #[test]

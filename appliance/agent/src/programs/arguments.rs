@@ -3,7 +3,7 @@
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
-use vvu_appliance_config::{BlkOptions, Format, Limits, NetOptions, PortOptions};
+use vvu_appliance_config::{BlkOptions, Format, Limits, NetOptions, Poll, PortOptions, Threads};
 
 /// What the block back-end uses.
 #[derive(Debug)]
@@ -35,6 +35,7 @@ pub(super) fn blk_arguments(options: &BlkOptions, places: &BlkPlaces<'_>) -> Vec
     for (key, value) in limits(options.limits) {
         arguments.put(&format!("--{key}"), value);
     }
+    arguments.threads(&options.threads);
     arguments.control(places.control);
     arguments.words
 }
@@ -53,6 +54,7 @@ pub(super) fn net_arguments(
         arguments.put("--tap", tap);
     }
     arguments.put("--mtu", options.mtu.to_string());
+    arguments.threads(&options.threads);
     arguments.control(control);
     arguments.words
 }
@@ -102,6 +104,19 @@ impl Arguments {
         self.words.push(value.as_ref().to_owned());
     }
 
+    fn threads(&mut self, threads: &Threads) {
+        let mode = match threads.poll {
+            Poll::Off => "off",
+            Poll::Auto => "auto",
+            Poll::Always => "always",
+        };
+        self.put("--poll", mode);
+        self.put("--poll-window", threads.poll_window_us.to_string());
+        if !threads.cpus.is_empty() {
+            self.put("--cpus", threads.cpus.iter().map(ToString::to_string).collect::<Vec<_>>().join(","));
+        }
+    }
+
     fn control(&mut self, socket: Option<&Path>) {
         if let Some(socket) = socket {
             self.put("--control", socket);
@@ -127,6 +142,7 @@ mod tests {
             queues: 4,
             serial: "s".into(),
             limits: Limits::default(),
+            threads: Threads::default(),
         }
     }
 
@@ -135,9 +151,14 @@ mod tests {
         let socket = Path::new("/run/b.sock");
         let places = BlkPlaces { socket, image: Path::new("/dev/vda"), backing: &[], control: None };
         let expected = "--socket-path /run/b.sock --image /dev/vda --queues 4 --serial s";
-        assert_eq!(text(&blk_arguments(&blk_options(), &places)), expected);
+        let threads = "--poll auto --poll-window 0";
+        assert_eq!(text(&blk_arguments(&blk_options(), &places)), format!("{expected} {threads}"));
+        let pinned = Threads { poll: Poll::Always, poll_window_us: 50, cpus: vec![0, 2] };
+        let pinned = BlkOptions { threads: pinned, ..blk_options() };
+        let threads_pinned = "--poll always --poll-window 50 --cpus 0,2";
+        assert_eq!(text(&blk_arguments(&pinned, &places)), format!("{expected} {threads_pinned}"));
         let read_only = BlkOptions { read_only: true, ..blk_options() };
-        assert_eq!(text(&blk_arguments(&read_only, &places)), format!("{expected} --read-only"));
+        assert_eq!(text(&blk_arguments(&read_only, &places)), format!("{expected} --read-only {threads}"));
     }
 
     #[test]
@@ -152,7 +173,7 @@ mod tests {
         let control = Some(Path::new("/run/c.sock"));
         let places = BlkPlaces { socket, image: Path::new("/dev/vda"), backing: &backing, control };
         let expected = "--socket-path /run/b.sock --image /dev/vda --format qcow2 --backing qcow2:/dev/vdb \
-            --backing raw:/dev/vdc --queues 4 --serial s --iops 100 --control /run/c.sock";
+            --backing raw:/dev/vdc --queues 4 --serial s --iops 100 --poll auto --poll-window 0 --control /run/c.sock";
         assert_eq!(text(&blk_arguments(&options, &places)), expected);
     }
 
@@ -175,13 +196,19 @@ mod tests {
             },
             limits: Limits { operations_per_second: 5, bytes_per_second: 6 },
         };
-        let options = NetOptions { ports: vec![plain, full], uplink: None, mtu: 9000 };
+        let options = NetOptions {
+            ports: vec![plain, full],
+            uplink: None,
+            mtu: 9000,
+            threads: Threads { poll: Poll::Auto, poll_window_us: 32, cpus: vec![1] },
+        };
         let sockets = ["/run/0.sock".into(), "/run/1.sock".into()];
         let ports = "--port socket=/run/0.sock,mac=52:54:00:00:00:01,queues=1 \
             --port socket=/run/1.sock,mac=52:54:00:00:00:02,queues=4,link=down,\
             macs=52:54:00:00:00:02;52:54:00:00:00:03,vlans=0;7,iops=5,bandwidth=6";
-        assert_eq!(text(&net_arguments(&options, &sockets, None, None)), format!("{ports} --mtu 9000"));
+        let threads = "--poll auto --poll-window 32 --cpus 1";
+        assert_eq!(text(&net_arguments(&options, &sockets, None, None)), format!("{ports} --mtu 9000 {threads}"));
         let arguments = net_arguments(&options, &sockets, Some("vvu0"), Some(Path::new("/run/c.sock")));
-        assert_eq!(text(&arguments), format!("{ports} --tap vvu0 --mtu 9000 --control /run/c.sock"));
+        assert_eq!(text(&arguments), format!("{ports} --tap vvu0 --mtu 9000 {threads} --control /run/c.sock"));
     }
 }
