@@ -52,7 +52,7 @@ fn line(check: &Check) -> String {
 /// # Errors
 /// The report cannot be written.
 pub(crate) async fn check(args: &CheckArgs) -> anyhow::Result<ExitCode> {
-    let memory = default_memory(DEFAULT_WINDOW, 1, 0);
+    let memory = default_memory(DEFAULT_WINDOW, 1, None);
     let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let mut checks = vec![host_checks::kvm(&KvmState::of_this_host())];
     checks.extend(qemu(programs::find_qemu(args.qemu.as_deref())).await);

@@ -77,6 +77,7 @@ impl Plan {
         let control = socket_path::claim(&control, "--control").await?;
         let channels = channels(draft.channels, &first.socket).await?;
         let overlay_bytes = draft.overlay.as_ref().map(Overlay::len_bytes).unwrap_or_default();
+        let overlay_bytes = (draft.class == Class::Exec).then_some(overlay_bytes);
         let mut machine = Machine::find(args, ports.len(), overlay_bytes)?;
         let images: Vec<_> = draft.disks.iter().map(|disk| &disk.image).collect();
         let facts = probe::probe(&machine.qemu, &images).await?;

@@ -35,7 +35,7 @@ pub(crate) struct MachineArgs {
     #[arg(long, value_name = "SIZE", default_value_t = DEFAULT_WINDOW, value_parser = window_size)]
     pub(crate) window: Size,
 
-    /// The appliance VM's own memory [default: 160M plus a 64th of each port's window]
+    /// The appliance VM's own memory [default: 128M plus a 256th of each port's window; 64M more for programs of others]
     #[arg(long, value_name = "SIZE", value_parser = memory_size)]
     pub(crate) memory: Option<Size>,
 
