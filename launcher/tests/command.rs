@@ -194,7 +194,7 @@ fn a_bridge_that_ends_at_once_is_reported() {
     assert_eq!(output.status.code(), Some(1));
     let events: Vec<Value> = events(&output.stdout);
     assert_eq!((&events[0]["event"], &events[0]["accel"]), (&"starting".into(), &"tcg".into()));
-    assert_eq!(events[0]["memory_bytes"], 224 * 1024 * 1024);
+    assert_eq!(events[0]["memory_bytes"], 145 * 1024 * 1024);
     let end = events.last().unwrap();
     assert_eq!((&end["event"], &end["reason"]), (&"ended".into(), &"bridge-ended".into()));
     assert_eq!(end["message"], "the bridge ended (exit status: 1), no appliance VM was started");
