@@ -73,8 +73,13 @@ pub(crate) const DISK_NODE: &str = "disk";
 /// DMA untranslated while VFIO gets its IOMMU groups; `cryptomgr.notests` leaves out self-tests of ciphers that nothing
 /// in the appliance uses, a good part of the boot under TCG; `no_timer_check` leaves out a test of the timer interrupt that
 /// fails on a busy host without KVM, and then panics.
-const KERNEL_COMMAND_LINE: &str =
-    "console=ttyS0 quiet loglevel=4 panic=-1 intel_iommu=on iommu=pt cryptomgr.notests no_timer_check";
+///
+/// The rest keeps an idle appliance asleep: the kernel would look twice a second whether the TSC agrees with another clock and
+/// whether memory is to be compacted, every second for counters, every two for pressure and memory of control groups, which there
+/// are none of, and every four for a CPU that hangs.
+const KERNEL_COMMAND_LINE: &str = "console=ttyS0 quiet loglevel=4 panic=-1 intel_iommu=on iommu=pt cryptomgr.notests \
+    no_timer_check tsc=nowatchdog nowatchdog psi=0 cgroup_disable=memory sysctl.vm.compaction_proactiveness=0 \
+    sysctl.vm.stat_interval=60";
 
 /// How QEMU submits the disk's requests to the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
