@@ -31,9 +31,9 @@ pub const LONGEST_WINDOW: Duration = Duration::from_secs(1);
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum PollMode {
     /// Never: the driver has to notify of everything.
-    #[default]
     Off,
     /// For a while, as the module's text says.
+    #[default]
     Auto,
     /// Without end: a CPU for each queue, and no notifications.
     Always,

@@ -81,7 +81,7 @@ pub struct Cli {
 
     /// When a queue's thread looks for requests by itself instead of having the driver notify of them: off, never; auto, for a
     /// while that adapts to what it finds; always, without end, on a CPU of its own.
-    #[arg(long, value_name = "MODE", default_value = "off")]
+    #[arg(long, value_name = "MODE", default_value = "auto")]
     poll: PollMode,
 
     /// Longest time that auto looks for requests before the thread sleeps, in microseconds.

@@ -47,6 +47,8 @@ pub(crate) fn serve(device: &Device, service: &Service<'_>) {
         chain: Chain::new(MAX_INDIRECT_CHAIN),
         data: Vec::new(),
         pauses: false,
+        // What a back-end before has returned.
+        unpublished: true,
         polling: [Polling::new(device.polling), Polling::new(device.polling)],
     };
     let outcome = worker.run();
@@ -83,6 +85,8 @@ struct Worker<'a> {
     data: Vec<Segment>,
     /// Something of the ring or of its next request has to be waited for.
     pauses: bool,
+    /// The driver may not have seen all that was returned, or not have been told of it.
+    unpublished: bool,
     /// How long the thread looks for something to do: while nothing is in flight, and while something is. The driver's pace
     /// says nothing of the storage's.
     polling: [Polling; 2],
@@ -327,12 +331,16 @@ impl Worker<'_> {
 
     /// Puts what is finished into the used ring, and notifies the driver if it wants to be.
     fn return_requests(&mut self, intake: Intake, stopping: bool) -> Result<Intake, EngineError> {
+        if !self.unpublished && !self.executor.has_finished() {
+            return Ok(intake);
+        }
         let Some(ring) = &mut self.ring else { return Ok(intake) };
         if !ring.is_placed() && !stopping && intake != Intake::Broken {
             // Until the ring has a place again.
             return Ok(intake);
         }
         let mut outcome = Ok(());
+        self.unpublished = true;
         while let Some(finished) = self.executor.take_finished() {
             if outcome.is_ok() && ring.is_placed() {
                 let data = if finished.writes_data { self.executor.data(finished.head) } else { &[] };
@@ -344,7 +352,9 @@ impl Worker<'_> {
         if !ring.is_placed() {
             return Ok(intake);
         }
-        match outcome.and_then(|()| ring.publish()) {
+        let published = outcome.and_then(|()| ring.publish());
+        self.unpublished = published.is_err();
+        match published {
             Ok(true) => self.signal_driver().map(|()| intake),
             Ok(false) => Ok(intake),
             Err(_) if intake == Intake::Broken => Ok(intake),

@@ -13,7 +13,6 @@
     reason = "operations are handed to the kernel by address; the module's text says why that is sound"
 )]
 
-use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -35,6 +34,7 @@ pub(crate) type Target = u32;
 
 /// A write that has not been completed.
 struct Pending {
+    target: Target,
     _file: Arc<OwnedFd>,
     /// To be written next: the pending write may have taken effect before there was a reason for this one.
     again: Option<Arc<OwnedFd>>,
@@ -43,7 +43,8 @@ struct Pending {
 /// See the module's text.
 pub(crate) struct Bell {
     ring: IoUring,
-    pending: HashMap<Target, Pending>,
+    /// Few: a write that does not block is completed when it is submitted.
+    pending: Vec<Pending>,
 }
 
 impl Bell {
@@ -52,13 +53,13 @@ impl Bell {
     /// # Errors
     /// If there is no io_uring to be had.
     pub(crate) fn new() -> io::Result<Self> {
-        Ok(Self { ring: IoUring::builder().dontfork().build(ENTRIES)?, pending: HashMap::new() })
+        Ok(Self { ring: IoUring::builder().dontfork().build(ENTRIES)?, pending: Vec::new() })
     }
 
     /// Signals the driver of a ring.
     pub(crate) fn signal(&mut self, target: Target, event: Arc<OwnedFd>) {
         self.proceed();
-        match self.pending.get_mut(&target) {
+        match self.pending.iter_mut().find(|pending| pending.target == target) {
             Some(pending) => pending.again = Some(event),
             None => self.write(target, event),
         }
@@ -83,7 +84,8 @@ impl Bell {
                 let error = io::Error::from_raw_os_error(-completion.result());
                 tracing::debug!(%error, "driver cannot be signalled");
             }
-            if let Some(again) = self.pending.remove(&target).and_then(|pending| pending.again) {
+            let place = self.pending.iter().position(|pending| pending.target == target);
+            if let Some(again) = place.and_then(|place| self.pending.swap_remove(place).again) {
                 self.write(target, again);
             }
         }
@@ -101,7 +103,7 @@ impl Bell {
             tracing::error!("no room to signal a driver");
             return;
         }
-        self.pending.insert(target, Pending { _file: event, again: None });
+        self.pending.push(Pending { target, _file: event, again: None });
         // What is not submitted now is submitted with the next one.
         if let Err(error) = self.ring.submit() {
             tracing::debug!(%error, "io_uring refuses to work for now");

@@ -65,12 +65,13 @@ impl<'a> Content<'a> {
 
     /// Replaces what is in `buffer` by the frame.
     pub(crate) fn copy_to(&self, buffer: &mut Vec<u8>) -> Result<(), GuestMemoryError> {
-        buffer.clear();
-        buffer.extend_from_slice(self.front);
+        // What is in there from before need not be cleared: all of it is written to.
+        buffer.resize(self.len(), 0);
+        let (front, behind) = buffer.split_at_mut(self.front.len());
+        front.copy_from_slice(self.front);
         if let Some(mut rest) = self.rest {
-            let start = buffer.len();
-            buffer.resize(start + self.rest_len, 0);
-            rest.read(buffer.get_mut(start..).unwrap_or_default())?;
+            let read = rest.read(behind)?;
+            behind.get_mut(read..).unwrap_or_default().fill(0);
         }
         Ok(())
     }

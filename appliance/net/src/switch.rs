@@ -125,7 +125,9 @@ impl Switch {
         if self.is_spoofed(from, ethernet) {
             return counters.tx_spoofed.count();
         }
-        self.learn(from, ethernet.source, now);
+        if !self.is_own(from, ethernet.source) {
+            self.learn(from, ethernet.source, now);
+        }
         if ethernet.destination.is_group() {
             return self.flood(from, packet, outbox, now);
         }
@@ -147,6 +149,11 @@ impl Switch {
             return false;
         }
         self.ports.iter().any(is_owner)
+    }
+
+    /// The source is that of the port's own device, which is found without having been learned.
+    fn is_own(&self, from: Place, source: MacAddress) -> bool {
+        matches!(from, Place::Port(index) if self.port(index).is_some_and(|port| port.has_driver() && port.mac() == source))
     }
 
     fn learn(&self, from: Place, source: MacAddress, now: Instant) {

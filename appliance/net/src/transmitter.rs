@@ -127,7 +127,12 @@ impl Transmitter<'_> {
     /// Looks for packets, as long as that is worth it; then has the driver notify.
     fn look_for_work(&mut self, waiting: &Waiting) -> Intake {
         let look = if self.polling.mode() == PollMode::Off { Look::Not } else { self.polling.begin(Instant::now()) };
-        while look != Look::Not {
+        let until = match look {
+            Look::Not => return self.listen(),
+            Look::Until(until) => Some(until),
+            Look::Endlessly => None,
+        };
+        loop {
             for _ in 0..LOOKS {
                 if waiting.has_events(&mut self.outbox.bell) {
                     return Intake::Ready;
@@ -138,10 +143,14 @@ impl Transmitter<'_> {
                     Some(Ok(true) | Err(_)) | None => return Intake::Ready,
                 }
             }
-            if matches!(look, Look::Until(until) if Instant::now() >= until) {
-                break;
+            if until.is_some_and(|until| Instant::now() >= until) {
+                return self.listen();
             }
         }
+    }
+
+    /// Has the driver notify of what comes.
+    fn listen(&mut self) -> Intake {
         match self.ring.as_mut().map(Ring::listen) {
             Some(Ok(true)) => Intake::Ready,
             Some(Ok(false)) | None => Intake::Waiting,
@@ -181,9 +190,10 @@ impl Transmitter<'_> {
         }
         let Some(ring) = &mut self.ring else { return Ok(Intake::Paused) };
         let count = ring.available()?;
+        let now = Instant::now();
         self.watch.check(ring.view().memory())?;
         for _ in 0..count.min(BATCH) {
-            if let Some(until) = self.take_packet()? {
+            if let Some(until) = self.take_packet(now)? {
                 return Ok(Intake::Limited(until));
             }
         }
@@ -193,8 +203,9 @@ impl Transmitter<'_> {
         Ok(if count > BATCH { Intake::Ready } else { Intake::Drained })
     }
 
-    /// Takes one packet and sends it on its way; says how long to wait if the port is at its limit.
-    fn take_packet(&mut self) -> Result<Option<Instant>, Fault> {
+    /// Takes one packet and sends it on its way; says how long to wait if the port is at its limit. `now` is when the batch
+    /// began.
+    fn take_packet(&mut self, now: Instant) -> Result<Option<Instant>, Fault> {
         let Some(ring) = &mut self.ring else { return Ok(None) };
         let head = ring.peek()?;
         ring.walk(head, &mut self.chain)?;
@@ -205,7 +216,7 @@ impl Transmitter<'_> {
         if len < self.header_len as u64 {
             return Err(Fault::Short { head, len });
         }
-        let (now, bytes) = (Instant::now(), len.saturating_sub(self.header_len as u64));
+        let bytes = len.saturating_sub(self.header_len as u64);
         if let Err(until) = self.port.limit.take(1, bytes, now) {
             self.port.counters.tx_waits.count();
             return Ok(Some(until));

@@ -1,6 +1,6 @@
 //! A split ring, driver's side (virtio 1.3, section 2.7).
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -84,6 +84,20 @@ impl Ring {
     /// Makes visible what was offered.
     pub fn publish(&self, memory: &Memory) {
         memory.store(self.avail_index, GuestAddress(self.avail + 2), Ordering::Release).unwrap();
+    }
+
+    /// Makes visible what was offered after position `former`, and moves that; whether the device wants to be told (virtio 1.3,
+    /// section 2.7.10).
+    pub fn publish_and_look(&self, memory: &Memory, event_idx: bool, former: &mut u16) -> bool {
+        self.publish(memory);
+        fence(Ordering::SeqCst);
+        let former = std::mem::replace(former, self.avail_index);
+        if event_idx {
+            let event = GuestAddress(self.used + 4 + 8 * u64::from(self.size));
+            let event: u16 = memory.load(event, Ordering::Relaxed).unwrap();
+            return self.avail_index.wrapping_sub(event).wrapping_sub(1) < self.avail_index.wrapping_sub(former);
+        }
+        memory.load::<u16>(GuestAddress(self.used), Ordering::Relaxed).unwrap() & 1 == 0
     }
 
     /// Sets the indices of both rings, as after requests that are long done.

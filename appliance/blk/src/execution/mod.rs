@@ -96,6 +96,11 @@ impl<'a> Executor<'a> {
         self.in_flight
     }
 
+    /// There are requests that are done and were not taken.
+    pub(crate) fn has_finished(&self) -> bool {
+        !self.finished.is_empty()
+    }
+
     /// Takes one request that is done. Its head may be used again.
     pub(crate) fn take_finished(&mut self) -> Option<Finished> {
         let finished = self.finished.pop()?;

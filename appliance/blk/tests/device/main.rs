@@ -26,3 +26,4 @@ mod resize;
 mod slots;
 mod speed;
 mod storage;
+mod wakeups;

@@ -33,6 +33,17 @@ impl Program {
         Self::start_in("", image, arguments)
     }
 
+    /// Serves a disk that keeps nothing, with further arguments.
+    pub(crate) fn start_null(arguments: &[&str]) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vvu-blk"));
+        command.arg("--socket-path").arg(directory.path().join("socket")).args(["--null", "1G"]).args(arguments);
+        command.env("RUST_LOG", "vvu_blk=debug,vvu_back_end=debug").stdin(Stdio::null());
+        let program = Self::spawn(command, directory);
+        program.wait_for_line(|line| line.contains("listening"));
+        program
+    }
+
     /// The same, after the shell commands `prelude`.
     pub(crate) fn start_in(prelude: &str, image: &Path, arguments: &[&str]) -> Self {
         let directory = tempfile::tempdir().unwrap();

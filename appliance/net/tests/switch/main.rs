@@ -22,3 +22,4 @@ mod program;
 mod queues;
 mod speed;
 mod uplink;
+mod wakeups;

@@ -2,8 +2,6 @@
 
 use std::time::{Duration, Instant};
 
-use vm_memory::{Bytes, GuestAddress};
-
 use crate::driver::{DATA_ONLY, Machine, Queue, wait_event};
 use crate::frames::{NO_OFFLOAD, between, header, tcp};
 use crate::program::{Program, mac};
@@ -11,14 +9,9 @@ use crate::program::{Program, mac};
 /// How long each figure is taken.
 const TIME: Duration = Duration::from_secs(2);
 
-/// Makes visible what was offered, and kicks if the device wants to know of it (virtio 1.3, section 2.7.10.1).
+/// Makes visible what was offered, and kicks if the device wants to know of it.
 fn publish(queue: &Queue, machine: &Machine, published: &mut u16) {
-    queue.publish(&machine.memory);
-    std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
-    let event = queue.used + 4 + 8 * u64::from(queue.size);
-    let event: u16 = machine.memory.read_obj(GuestAddress(event)).unwrap();
-    let (former, now) = (std::mem::replace(published, queue.avail_index), queue.avail_index);
-    if now.wrapping_sub(event).wrapping_sub(1) < now.wrapping_sub(former) {
+    if queue.publish_and_look(&machine.memory, true, published) {
         queue.kick();
     }
 }
