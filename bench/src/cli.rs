@@ -6,6 +6,8 @@ use std::time::Duration;
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 
 use crate::disk::{Limit, Load, Pattern};
+use crate::messages::Messages;
+use crate::packets::Packets;
 
 /// Plays front-end and driver against a vhost-user back-end, and measures it.
 #[derive(Debug, Parser)]
@@ -21,6 +23,69 @@ pub struct Cli {
 pub enum Command {
     /// Keep a number of requests to a disk under way
     Load(LoadOptions),
+    /// Send frames from one port of a switch to another; prints JSON
+    Packets(PacketsOptions),
+    /// Send control messages, one at a time, and have memory mapped; prints JSON
+    Messages(MessagesOptions),
+    /// Send a signal from one thread to another and back: what the system itself takes; prints JSON
+    Hop {
+        /// How long
+        #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = parse_seconds)]
+        time: Duration,
+    },
+}
+
+/// Options of a load of frames.
+#[derive(Debug, Args)]
+pub struct PacketsOptions {
+    /// Socket of the port that sends
+    #[arg(long, value_name = "PATH")]
+    from: PathBuf,
+    /// Socket of the port that receives
+    #[arg(long, value_name = "PATH")]
+    to: PathBuf,
+    /// Length of a frame in bytes, 60 to 1514
+    #[arg(long, value_name = "BYTES", default_value_t = 60)]
+    frame: u16,
+    /// Frames that the sender has under way, 1 to 256
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    depth: u16,
+    /// How long
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = parse_seconds)]
+    time: Duration,
+    /// Look at the rings all the time, instead of waiting for calls
+    #[arg(long)]
+    polled: bool,
+    /// Report also what the process PID takes; may be given again
+    #[arg(long, value_name = "PID")]
+    watch: Vec<u32>,
+}
+
+impl From<PacketsOptions> for Packets {
+    fn from(options: PacketsOptions) -> Self {
+        let PacketsOptions { from, to, frame, depth, time, polled, watch } = options;
+        Self { from, to, frame, depth, time, polled, watched: watch }
+    }
+}
+
+/// Options of a load of messages.
+#[derive(Debug, Args)]
+pub struct MessagesOptions {
+    /// Socket of the vhost-user back-end
+    #[arg(long, value_name = "PATH")]
+    socket: PathBuf,
+    /// How long each kind of message is sent
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = parse_seconds)]
+    time: Duration,
+    /// Memory that is mapped, in bytes
+    #[arg(long, value_name = "BYTES", default_value = "65536k", value_parser = parse_bytes)]
+    memory: u32,
+}
+
+impl From<MessagesOptions> for Messages {
+    fn from(options: MessagesOptions) -> Self {
+        Self { socket: options.socket, time: options.time, memory: options.memory as usize }
+    }
 }
 
 /// Options of a load of a disk.
@@ -131,7 +196,7 @@ mod tests {
     #[test]
     fn a_load_is_as_it_was_asked_for() {
         let words = "vvu-bench load --socket s --pattern write --block 128k --depth 7 --count 9 --polled --warm-up 0";
-        let Command::Load(options) = Cli::try_parse_from(words.split(' ')).unwrap().command;
+        let Command::Load(options) = Cli::try_parse_from(words.split(' ')).unwrap().command else { panic!() };
         let load = options.load();
         assert_eq!((load.block, load.depth, load.limit, load.polled), (131_072, 7, Limit::Count(9), true));
         assert_eq!((load.pattern, load.warm_up), (Pattern { writes: true, random: false }, Duration::ZERO));

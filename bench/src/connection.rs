@@ -32,6 +32,7 @@ const MAX_QUEUES: u64 = 64;
 pub struct Connection {
     frontend: Frontend,
     features: u64,
+    acknowledges: bool,
 }
 
 impl Connection {
@@ -55,18 +56,25 @@ impl Connection {
                 | VhostUserProtocolFeatures::CONFIG
                 | VhostUserProtocolFeatures::REPLY_ACK);
         accepted("SET_PROTOCOL_FEATURES", frontend.set_protocol_features(protocol))?;
-        if protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
+        let acknowledges = protocol.contains(VhostUserProtocolFeatures::REPLY_ACK);
+        if acknowledges {
             frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         }
         let features = offered & (wanted | VERSION_1 | PROTOCOL_FEATURES);
         accepted("SET_FEATURES", frontend.set_features(features))?;
-        Ok(Self { frontend, features })
+        Ok(Self { frontend, features, acknowledges })
     }
 
     /// Device features in force.
     #[must_use]
     pub fn features(&self) -> u64 {
         self.features
+    }
+
+    /// Whether each request is acknowledged before the next one is sent.
+    #[must_use]
+    pub fn acknowledges(&self) -> bool {
+        self.acknowledges
     }
 
     /// Asks for the device's features: a message with an answer that changes nothing.
@@ -169,6 +177,18 @@ impl Signals {
     pub fn kick(&self) {
         // It fails only with 2^64 - 2 kicks that nobody has read: the device has one to read then.
         let _full = self.kick.write(1);
+    }
+
+    /// Calls the driver, as the device does.
+    pub fn call(&self) {
+        // As with a kick.
+        let _full = self.call.write(1);
+    }
+
+    /// Whether the device was kicked since the last time this was asked.
+    #[must_use]
+    pub fn has_kick(&self) -> bool {
+        self.kick.read().is_ok()
     }
 
     /// Waits for a call that came since the last wait; false if none came in time.

@@ -8,6 +8,8 @@
 //! - [`connection`]: the messages of a front-end, and the signals of a queue;
 //! - [`memory`], [`ring`]: what driver and device share;
 //! - [`disk`]: virtio-blk requests, in numbers;
+//! - [`packets`]: virtio-net frames from one port of a switch to another;
+//! - [`messages`]: control messages; [`hop`]: what the system itself takes for a signal;
 //! - [`latency`], [`processes`], [`outcome`]: what is measured;
 //! - [`report`]: what is left of a benchmark: JSON, Markdown, SVG;
 //! - [`cli`]: the command line.
@@ -20,9 +22,12 @@ pub mod cli;
 pub mod connection;
 pub mod disk;
 pub mod error;
+pub mod hop;
 pub mod latency;
 pub mod memory;
+pub mod messages;
 pub mod outcome;
+pub mod packets;
 pub mod processes;
 pub mod report;
 pub mod ring;

@@ -5,8 +5,12 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Parser;
+use serde::Serialize;
 use vvu_bench::cli::{Cli, Command};
+use vvu_bench::hop;
+use vvu_bench::messages::Messages;
 use vvu_bench::outcome::Outcome;
+use vvu_bench::packets::Packets;
 
 fn main() -> ExitCode {
     match run(Cli::parse().command) {
@@ -22,17 +26,23 @@ fn run(command: Command) -> anyhow::Result<()> {
     match command {
         Command::Load(options) => {
             let json = options.json;
-            print(&options.load().run()?, json)
+            let outcome = options.load().run()?;
+            if json { print_json(&outcome) } else { print(&outcome) }
         }
+        Command::Packets(options) => print_json(&Packets::from(options).run()?),
+        Command::Messages(options) => print_json(&Messages::from(options).run()?),
+        Command::Hop { time } => print_json(&hop::run(time)?),
     }
 }
 
-fn print(outcome: &Outcome, json: bool) -> anyhow::Result<()> {
+fn print_json(outcome: &impl Serialize) -> anyhow::Result<()> {
     let mut out = stdout().lock();
-    if json {
-        serde_json::to_writer(&mut out, outcome)?;
-        return writeln!(out).context("cannot write the outcome");
-    }
+    serde_json::to_writer(&mut out, outcome)?;
+    writeln!(out).context("cannot write the outcome")
+}
+
+fn print(outcome: &Outcome) -> anyhow::Result<()> {
+    let mut out = stdout().lock();
     let (latency, whole) = (&outcome.latency_us, &outcome.whole);
     writeln!(
         out,
