@@ -68,7 +68,12 @@ pub async fn serve(options: Options) -> anyhow::Result<()> {
         (None, None) => bail!("--socket-path or --fd is missing"),
     };
     let (window, queues) = (layout.len(), options.queues);
-    let sets = DeviceSets::bind(&directory, Model { uuid: *uuid.as_bytes(), queues, layout })?;
+    let vectors = options.vectors.unwrap_or(queues);
+    if vectors < queues {
+        bail!("--vectors {vectors} are too few for --queues {queues}: each queue needs one");
+    }
+    let handed_over = (!options.relay).then_some(vectors);
+    let sets = DeviceSets::bind(&directory, Model { uuid: *uuid.as_bytes(), queues, handed_over, layout })?;
     tracing::info!(%uuid, directory = %directory.display(), window, queues, "listening");
     Bridge::new(sets, front_ends).run().await
 }

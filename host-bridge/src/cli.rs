@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use clap::{ArgGroup, Parser, ValueEnum};
 use uuid::Uuid;
+use vvu_protocol::doorbell::MAX_VECTORS;
 use vvu_protocol::window::{MEMORY_LEN_MAX, MEMORY_LEN_MIN};
 
 /// Relays one vhost-user device into an appliance VM.
@@ -37,6 +38,15 @@ pub struct Options {
     /// Most queues that a front-end can use.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub queues: u16,
+
+    /// Number of vectors of the appliance's doorbell device: one for each queue, and one for each kick eventfd that a
+    /// front-end ever brings. Default: no more than the queues, and kicks are relayed.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_VECTORS)))]
+    pub vectors: Option<u16>,
+
+    /// Relay all kicks and calls, in place of handing the front-end's eventfds over to the appliance's VMM.
+    #[arg(long)]
+    pub relay: bool,
 
     /// Largest driver memory that can be served, in bytes.
     #[arg(long, value_name = "BYTES", default_value_t = 4 << 30,

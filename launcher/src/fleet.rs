@@ -18,6 +18,7 @@ use anyhow::Context;
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use tokio::process::Command;
 use vvu_appliance_config::BootTimes;
+use vvu_protocol::doorbell::vector_count;
 
 use crate::children::Child;
 use crate::control::ApplianceStatus;
@@ -88,6 +89,10 @@ impl<'a> Fleet<'a> {
         let mut command = Command::new(&machine.bridge);
         command.args(["--socket-path", &port.socket, "--uuid", &port.uuid, "--appliance-dir"]).arg(&directory);
         command.args(["--queues", &port.vrings.to_string(), "--window", &machine.window.0.to_string()]);
+        command.args(["--vectors", &vector_count(port.vrings).to_string()]);
+        if machine.relay {
+            command.arg("--relay");
+        }
         command.arg("--exit-with-parent").stdin(Stdio::null());
         command.env("NOTIFY_SOCKET", directory.join(NOTIFY_SOCKET)).env("RUST_LOG", &machine.log);
         let child = Child::spawn("bridge", command, Source::Bridge(number), None, self.output)?;

@@ -57,6 +57,7 @@ use std::time::Instant;
 
 use anyhow::Context;
 use clap::Parser;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::runtime::Runtime;
 
 use crate::cli::{Cli, Command, Device, MachineArgs};
@@ -97,6 +98,7 @@ fn run(
         Ok(files) => (files, None),
         Err(error) => (None, Some(error)),
     };
+    raise_descriptor_limit();
     let (output, writer) = Output::start(args.json, files)?;
     let runtime = runtime()?;
     let ending = match fault {
@@ -110,6 +112,13 @@ fn run(
     drop(runtime);
     writer.finish();
     Ok(exit_code)
+}
+
+/// Children inherit it: a VMM is given an eventfd for each start of each queue of each port, far more than the usual soft
+/// limit allows. Where the hard limit is no higher, whoever set it meant it.
+fn raise_descriptor_limit() {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
 }
 
 /// One thread: children are bound to the thread that spawns them (see `parent_death`), and there is little to do.

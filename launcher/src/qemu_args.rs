@@ -6,6 +6,7 @@
 
 use serde_json::{Value, json};
 use vvu_appliance_config::{CHANNEL_PORT_PREFIX, FW_CFG_NAME};
+use vvu_protocol::doorbell::vector_count;
 
 use crate::accel::Accel;
 use crate::image::{Image, ImageKind};
@@ -198,7 +199,7 @@ impl ApplianceVm<'_> {
                     "virtio-id": CONTROL_VIRTIO_ID, "num_vqs": 2, "vq_size": 64, "config_size": 64 }),
             json!({ "driver": "vhost-user-test-device-pci", "chardev": chardev("window"),
                     "virtio-id": WINDOW_VIRTIO_ID, "num_vqs": 1, "vq_size": 64, "config_size": 16 }),
-            json!({ "driver": "ivshmem-doorbell", "chardev": chardev("doorbell"), "vectors": port.vrings }),
+            json!({ "driver": "ivshmem-doorbell", "chardev": chardev("doorbell"), "vectors": vector_count(port.vrings) }),
         ];
         for device in devices {
             push(arguments, &["-device", &device.to_string()]);
@@ -379,7 +380,7 @@ mod tests {
                 "virtio-blk-pci"
             ]
         );
-        assert_eq!(devices(&arguments)[4]["vectors"], 4);
+        assert_eq!(devices(&arguments)[4]["vectors"], 259);
     }
 
     #[test]
@@ -453,7 +454,7 @@ mod tests {
         let arguments = arguments_of(Accel::Tcg, &[port(3), port(5)], &[disk("one"), disk("two")]);
         let all = devices(&arguments);
         let doorbells: Vec<_> = all.iter().filter(|device| device["driver"] == "ivshmem-doorbell").collect();
-        assert_eq!(doorbells[1], &json!({ "driver": "ivshmem-doorbell", "chardev": "doorbell-1", "vectors": 5 }));
+        assert_eq!(doorbells[1], &json!({ "driver": "ivshmem-doorbell", "chardev": "doorbell-1", "vectors": 260 }));
         let sockets = values(&arguments, "-chardev").concat();
         assert!(sockets.contains("id=window-1,path=/run/user/0/vvu/a,,b/port-1/window.sock"), "{sockets}");
         let disks: Vec<_> = all.iter().filter(|device| device["driver"] == "virtio-blk-pci").collect();

@@ -20,6 +20,24 @@ pub const OWN_PEER: PeerId = PeerId(0);
 /// Offset of the doorbell register in BAR 0, in bytes. The register takes 32-bit writes.
 pub const REGISTER_OFFSET: u64 = 12;
 
+/// Largest number of vectors of a doorbell device: MSI-X has no more (PCI 3.0, section 6.8.2.3).
+pub const MAX_VECTORS: u16 = 2048;
+
+/// How many vectors a doorbell device is best given for `queue_count` queues, 64 at most: one for each to which the bridge
+/// relays its kicks, and others for eventfds of the front-end, of which each start of a queue may bring a new one. They are
+/// never given back, so there are enough for 31 starts of each queue at least, and for 255 of a device with one.
+#[must_use]
+pub const fn vector_count(queue_count: u16) -> u16 {
+    let handed_over = match queue_count.saturating_mul(32) {
+        few if few < 255 => 255,
+        many => many,
+    };
+    match queue_count.saturating_add(handed_over) {
+        count if count > MAX_VECTORS => MAX_VECTORS,
+        count => count,
+    }
+}
+
 /// Identity of a signal out of the appliance. Used once and never again while the doorbell device lives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PeerId(pub u16);
@@ -68,6 +86,15 @@ impl<F> ServerMessage<F> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_queue_has_a_vector_and_starts_to_spare() {
+        for queues in 1..=64 {
+            let count = vector_count(queues);
+            assert!(count <= MAX_VECTORS && (count - queues) / queues >= 31, "{count} vectors for {queues} queues");
+        }
+        assert_eq!((vector_count(1), vector_count(64)), (256, 2048));
+    }
 
     #[test]
     fn golden_bytes() {

@@ -5,9 +5,10 @@
 //! themselves, and writes ask first whether there is room.
 
 use std::io::{self, IoSliceMut};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::fs::{OFlags, fcntl_getfl};
 use rustix::io::{Errno, ReadWriteFlags, preadv2, write};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -39,12 +40,35 @@ pub fn create() -> io::Result<OwnedFd> {
 /// # Errors
 /// [`EventError::Kind`].
 pub fn check_kind(descriptor: BorrowedFd<'_>) -> Result<(), EventError> {
-    use std::os::fd::AsRawFd;
     let found = std::fs::read_link(format!("/proc/self/fd/{}", descriptor.as_raw_fd()))?;
     if found.as_os_str() == "anon_inode:[eventfd]" {
         return Ok(());
     }
     Err(EventError::Kind { found: found.to_string_lossy().into_owned() })
+}
+
+/// What tells one eventfd from every other: two descriptors with the same identity are of the same eventfd, as long as one
+/// of them is open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Identity(u64);
+
+/// Identity of an eventfd: the number by which the kernel tells them apart (proc_pid_fdinfo(5), since Linux 5.2). They all
+/// share one inode.
+///
+/// # Errors
+/// [`io::ErrorKind::Unsupported`] if the kernel does not tell.
+pub fn identity(descriptor: impl AsFd) -> io::Result<Identity> {
+    let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", descriptor.as_fd().as_raw_fd()))?;
+    let number = text.lines().find_map(|line| line.strip_prefix("eventfd-id:")?.trim().parse().ok());
+    number.map(Identity).ok_or_else(|| io::ErrorKind::Unsupported.into())
+}
+
+/// Whether reads of it never wait (O_NONBLOCK), which all who hold the same open file have in common.
+///
+/// # Errors
+/// If the system does not tell.
+pub fn is_nonblocking(descriptor: impl AsFd) -> io::Result<bool> {
+    Ok(fcntl_getfl(descriptor)?.contains(OFlags::NONBLOCK))
 }
 
 /// Adds one to the count, and so wakes who waits for it. A count that is full stays full: who waits is awake then.
@@ -145,6 +169,22 @@ mod tests {
         write(&full, &(u64::MAX - 1).to_ne_bytes()).unwrap();
         signal(&full).unwrap();
         assert_eq!(take(&full).unwrap(), Some(u64::MAX - 1));
+    }
+
+    #[test]
+    fn an_eventfd_is_known_again() {
+        let (one, other) = (create().unwrap(), create().unwrap());
+        let again = one.try_clone().unwrap();
+        assert_eq!(identity(&one).unwrap(), identity(&again).unwrap());
+        assert_ne!(identity(&one).unwrap(), identity(&other).unwrap());
+        let (read, _write) = rustix::pipe::pipe().unwrap();
+        assert_eq!(identity(&read).unwrap_err().kind(), io::ErrorKind::Unsupported);
+    }
+
+    #[test]
+    fn whether_reads_wait_is_seen() {
+        assert!(is_nonblocking(create().unwrap()).unwrap());
+        assert!(!is_nonblocking(eventfd(0, EventfdFlags::CLOEXEC).unwrap()).unwrap());
     }
 
     #[test]

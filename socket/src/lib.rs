@@ -1,12 +1,14 @@
 //! What crosses between processes: vhost-user messages over a unix stream socket, with the file descriptors that come beside
-//! them, and the eventfds ([`event`]) and pipes ([`stream`]) among these.
+//! them, and the eventfds ([`event`]) and pipes ([`stream`]) among these; and what an ivshmem server says ([`ivshmem`]).
 //!
 //! Used by the bridge (towards the front-end and towards the appliance's VMM) and by the agent (towards the back-end). It
 //! moves whole messages and owns every descriptor from the moment the kernel hands it over: what is surplus, truncated
 //! or belongs to a broken message is closed. It never looks into a payload, and never changes the flags of a descriptor.
 
 pub mod event;
+pub mod ivshmem;
 pub mod stream;
+mod unread;
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -122,14 +124,28 @@ impl MessageSocket {
     ///
     /// # Errors
     /// If the stream cannot be watched.
-    #[expect(unsafe_code, reason = "tokio wants the promise that the descriptor stays what it is")]
     pub async fn hung_up(&self) -> io::Result<()> {
+        self.hang_up()?.happened().await
+    }
+
+    /// Watches for the same, and keeps this end of the stream open for as long.
+    ///
+    /// # Errors
+    /// If the stream cannot be watched.
+    #[expect(unsafe_code, reason = "tokio wants the promise that the descriptor stays what it is")]
+    pub fn hang_up(&self) -> io::Result<HangUp> {
         let descriptor = self.stream.as_fd().try_clone_to_owned()?;
         // SAFETY: an OwnedFd is open for as long as it lives, and always returns the same descriptor; the AsyncFd owns it.
         let registered = unsafe { AsyncFd::register_with_interest(descriptor, Interest::PRIORITY) };
-        // A unix socket has no priority data, so nothing wakes this but the end of the stream.
-        let watched = registered.map_err(|error| error.into_parts().1)?;
-        watched.ready(Interest::PRIORITY).await.map(drop)
+        Ok(HangUp(registered.map_err(|error| error.into_parts().1)?))
+    }
+
+    /// How much the peer has not read yet of what was sent: 0 if it has read all, else some number of bytes.
+    ///
+    /// # Errors
+    /// If the system does not tell.
+    pub fn unread(&self) -> io::Result<usize> {
+        unread::unread(&self.stream)
     }
 
     /// Sends one message, header and payload in one system call as long as the socket takes them. Must not be cancelled.
@@ -154,6 +170,21 @@ impl MessageSocket {
             descriptors = &[];
         }
         Ok(())
+    }
+}
+
+/// The end of a stream, waited for.
+#[derive(Debug)]
+pub struct HangUp(AsyncFd<OwnedFd>);
+
+impl HangUp {
+    /// Waits until the peer has closed the stream. May be cancelled.
+    ///
+    /// # Errors
+    /// If the stream cannot be watched.
+    pub async fn happened(&self) -> io::Result<()> {
+        // A unix socket has no priority data, so nothing wakes this but the end of the stream.
+        self.0.ready(Interest::PRIORITY).await.map(drop)
     }
 }
 

@@ -5,12 +5,14 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use rustix::mount::{MountFlags, mount};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::system::{RebootCommand, reboot};
 use rustix::termios::tcdrain;
+use rustix::time::{ClockId, clock_gettime};
 use tracing_subscriber::EnvFilter;
 use vvu_appliance_config::{ApplianceConfig, Device, FW_CFG_NAME, MAX_CONFIG_LEN};
 
@@ -46,6 +48,14 @@ const MAX_OPEN_FILES: u64 = 1 << 20;
 const NO_RIGHTS: MountFlags = MountFlags::from_bits_retain(MountFlags::NOSUID.bits() | MountFlags::NODEV.bits());
 
 const NOTHING_RUNS_FROM: u32 = MountFlags::NOSUID.bits() | MountFlags::NODEV.bits() | MountFlags::NOEXEC.bits();
+
+/// Time since the kernel started its clock, in milliseconds.
+#[must_use]
+pub fn uptime_ms() -> u64 {
+    let now = clock_gettime(ClockId::Boottime);
+    let duration = Duration::try_from(now).unwrap_or_default();
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
 
 /// Mounts the file systems that the agent and the back-ends need.
 ///

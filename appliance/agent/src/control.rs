@@ -1,9 +1,11 @@
 //! The control device, driven from here: frames to and from the bridge, and the configuration space.
 //!
-//! [`ControlPort`] is what a session needs of it, [`ControlDevice`] the device itself. The rules of the profile are not kept
+//! [`ControlPort`] is what a session needs of it, [`ControlDevice`] the device itself, whose registers are in PCI or wherever
+//! [`Registers`] are. The rules of the profile are not kept
 //! here but by the session; this file moves frames and says when something has changed.
 
 use std::future::Future;
+use std::rc::Rc;
 
 use tracing::trace;
 use vvu_protocol::DecodeError;
@@ -13,7 +15,7 @@ use vvu_protocol::control::{
 use vvu_socket::event::{self, Event, EventError};
 
 use crate::dma::{DmaError, DmaPages};
-use crate::ring::{BUFFER_LEN, Direction, QUEUE_SIZE, Queue, RingError};
+use crate::ring::{BUFFER_LEN, Direction, QUEUE_SIZE, Queue, RingAddresses, RingError};
 use crate::uuid::Uuid;
 use crate::vfio::{VfioDevice, VfioError};
 use crate::virtio_pci::{NotifyRegister, VirtioDevice, VirtioError};
@@ -57,6 +59,33 @@ pub enum ControlError {
     /// The other end is gone.
     #[error("control device is gone")]
     Gone,
+}
+
+/// Registers of the control device, after its start.
+pub trait Registers {
+    /// Tells the device that buffers were offered to it in this queue.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    fn notify(&self, queue: u16) -> Result<(), ControlError>;
+
+    /// Changes whenever the configuration space has changed (virtio 1.3, section 2.5.1).
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    fn config_generation(&self) -> Result<u8, ControlError>;
+
+    /// Reads 32 bits of the configuration space.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    fn read_config(&self, offset: u64) -> Result<u32, ControlError>;
+
+    /// Writes 32 bits of the configuration space.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    fn write_config(&self, offset: u64, value: u32) -> Result<(), ControlError>;
 }
 
 /// Something has come from the bridge.
@@ -135,43 +164,83 @@ impl FoundControlDevice {
     /// [`ControlError`].
     pub fn start(self) -> Result<ControlDevice, ControlError> {
         let Self { vfio, virtio, .. } = self;
-        let mut pages = DmaPages::pinned(&vfio, 2 * (1 + usize::from(QUEUE_SIZE)))?.split();
+        let queues = ControlQueues::new(DmaPages::pinned(&vfio, CONTROL_PAGES)?)?;
+        let interrupt = event::create()?;
+        vfio.set_vector(0, Some(std::os::fd::AsFd::as_fd(&interrupt)))?;
+        let notify = virtio.start(&[&queues.receive, &queues.transmit])?;
+        ControlDevice::new(PciRegisters { virtio, notify, _vfio: vfio }, queues, Event::new(interrupt)?)
+    }
+}
+
+/// Pages that the queues need.
+pub const CONTROL_PAGES: usize = 2 * (1 + QUEUE_SIZE as usize);
+
+/// Both queues of the control device; buffers are offered for all that it may send.
+#[derive(Debug)]
+pub struct ControlQueues {
+    receive: Queue,
+    transmit: Queue,
+}
+
+impl ControlQueues {
+    /// Queues in [`CONTROL_PAGES`] pages, which are zero.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub fn new(pages: Rc<DmaPages>) -> Result<Self, ControlError> {
+        let mut pages = pages.split();
         let mut queue = |direction| {
             let ring = pages.next().ok_or(DmaError::NotPresent { page: 0 })?;
             Queue::new(ring, &mut pages, direction)
         };
         let mut receive = queue(Direction::FromDevice)?;
         let transmit = queue(Direction::ToDevice)?;
-        let interrupt = event::create()?;
-        vfio.enable_vectors(&[std::os::fd::AsFd::as_fd(&interrupt)])?;
-        let interrupt = Event::new(interrupt)?;
         while let Some(buffer) = receive.free_buffer() {
             receive.offer(buffer)?;
         }
-        let [receive_notify, transmit_notify] = *virtio.start(&[&receive, &transmit])?.as_slice() else {
-            return Err(ControlError::Gone);
-        };
-        virtio.notify(receive_notify)?;
-        let generation = virtio.config_generation()?;
-        let registers = Registers { virtio, receive_notify, transmit_notify };
-        let mut device = ControlDevice { registers, receive, transmit, interrupt, generation, _vfio: vfio };
-        device.config()?;
-        Ok(device)
+        Ok(Self { receive, transmit })
+    }
+
+    /// Where the device finds them, in the order of their numbers.
+    #[must_use]
+    pub const fn addresses(&self) -> [RingAddresses; 2] {
+        [self.receive.addresses(), self.transmit.addresses()]
     }
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "64, and `try_from` is not const")]
 const CONFIG_LEN_U32: u32 = CONFIG_LEN as u32;
 
+/// Registers of a virtio device on PCI.
 #[derive(Debug)]
-struct Registers {
+pub struct PciRegisters {
     virtio: VirtioDevice,
-    receive_notify: NotifyRegister,
-    transmit_notify: NotifyRegister,
+    /// One for each queue.
+    notify: Vec<NotifyRegister>,
+    _vfio: VfioDevice,
 }
 
-impl Drop for Registers {
-    /// The device forgets the rings before their memory goes back to the kernel: fields that are dropped later.
+impl Registers for PciRegisters {
+    fn notify(&self, queue: u16) -> Result<(), ControlError> {
+        let register = self.notify.get(usize::from(queue)).ok_or(ControlError::Gone)?;
+        Ok(self.virtio.notify(*register)?)
+    }
+
+    fn config_generation(&self) -> Result<u8, ControlError> {
+        Ok(self.virtio.config_generation()?)
+    }
+
+    fn read_config(&self, offset: u64) -> Result<u32, ControlError> {
+        Ok(self.virtio.read_config(offset)?)
+    }
+
+    fn write_config(&self, offset: u64, value: u32) -> Result<(), ControlError> {
+        Ok(self.virtio.write_config(offset, value)?)
+    }
+}
+
+impl Drop for PciRegisters {
+    /// The device forgets the rings before it is closed.
     fn drop(&mut self) {
         if let Err(error) = self.virtio.reset() {
             tracing::error!("control device could not be reset: {error}");
@@ -181,63 +250,88 @@ impl Drop for Registers {
 
 /// The control device.
 #[derive(Debug)]
-pub struct ControlDevice {
-    // Order of the fields is order of dropping: the device is reset, then the memory goes, then the device is closed.
-    registers: Registers,
-    receive: Queue,
-    transmit: Queue,
+pub struct ControlDevice<R = PciRegisters> {
+    // Order of the fields is order of dropping: the device is reset, then the memory of its queues goes.
+    registers: R,
+    queues: ControlQueues,
     interrupt: Event,
     /// Generation of the configuration space that was last looked at.
     generation: u8,
-    _vfio: VfioDevice,
 }
 
-impl ControlDevice {
+impl<R: Registers> ControlDevice<R> {
+    /// A device that was started with these queues. `interrupt` is signalled for buffers that are used and for changes of the
+    /// configuration space.
+    ///
+    /// # Errors
+    /// [`ControlError`] if it is no control device of this profile.
+    pub fn new(registers: R, queues: ControlQueues, interrupt: Event) -> Result<Self, ControlError> {
+        registers.notify(RECEIVE_QUEUE)?;
+        let generation = registers.config_generation()?;
+        let mut device = Self { registers, queues, interrupt, generation };
+        device.config()?;
+        Ok(device)
+    }
+
     /// Has the bridge wait with the window's header, or not any longer. Only as long as no back-end is up.
     ///
     /// # Errors
     /// [`ControlError`].
     pub fn hold_window(&mut self, hold: bool) -> Result<(), ControlError> {
         let status = if hold { Status::HOLD_WINDOW } else { Status::empty() };
-        Ok(self.registers.virtio.write_config(CONFIG_STATUS_OFFSET as u64, status.bits())?)
+        self.registers.write_config(CONFIG_STATUS_OFFSET as u64, status.bits())
+    }
+
+    /// Waits until the device tells how long its window is, in bytes.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub async fn window_len(&mut self) -> Result<u64, ControlError> {
+        loop {
+            let len = self.config()?.window_len;
+            if len != 0 {
+                return Ok(len);
+            }
+            self.config_change().await?;
+        }
     }
 
     /// The next frame that has come, if any; its buffer goes back to the device.
     fn receive(&mut self) -> Result<Option<Vec<u8>>, ControlError> {
-        let Some(used) = self.receive.take_used()? else {
+        let Some(used) = self.queues.receive.take_used()? else {
             return Ok(None);
         };
-        let frame = self.receive.contents(used)?;
-        self.receive.offer(used.buffer)?;
-        if self.receive.wants_notification()? {
-            self.registers.virtio.notify(self.registers.receive_notify)?;
+        let frame = self.queues.receive.contents(used)?;
+        self.queues.receive.offer(used.buffer)?;
+        if self.queues.receive.wants_notification()? {
+            self.registers.notify(RECEIVE_QUEUE)?;
         }
         trace!(len = frame.len(), "frame from the bridge");
         Ok(Some(frame))
     }
 
     fn take_config_change(&mut self) -> Result<bool, ControlError> {
-        let generation = self.registers.virtio.config_generation()?;
+        let generation = self.registers.config_generation()?;
         let changed = generation != self.generation;
         self.generation = generation;
         Ok(changed)
     }
 }
 
-impl ControlPort for ControlDevice {
+impl<R: Registers> ControlPort for ControlDevice<R> {
     fn config(&mut self) -> Result<ConfigSpace, ControlError> {
         // Read in ascending order and word by word. The device may change it in between; it raises an interrupt for each
         // change, so a mixture of old and new is looked at again.
         let mut bytes = [0; CONFIG_LEN];
         for (offset, word) in (0..).step_by(4).zip(bytes.chunks_exact_mut(4)) {
-            word.copy_from_slice(&self.registers.virtio.read_config(offset)?.to_le_bytes());
+            word.copy_from_slice(&self.registers.read_config(offset)?.to_le_bytes());
         }
         ConfigSpace::decode(&bytes).map_err(ControlError::Profile)
     }
 
     fn set_back_end_up(&mut self, up: bool) -> Result<(), ControlError> {
         let status = if up { Status::BACK_END_UP } else { Status::empty() };
-        Ok(self.registers.virtio.write_config(CONFIG_STATUS_OFFSET as u64, status.bits())?)
+        self.registers.write_config(CONFIG_STATUS_OFFSET as u64, status.bits())
     }
 
     async fn event(&mut self) -> Result<ControlEvent, ControlError> {
@@ -261,12 +355,12 @@ impl ControlPort for ControlDevice {
 
     fn send(&mut self, frame: &Frame) -> Result<(), ControlError> {
         let bytes = frame.encode().map_err(ControlError::Frame)?;
-        while self.transmit.take_used()?.is_some() {}
-        let buffer = self.transmit.free_buffer().ok_or(ControlError::TransmitFull)?;
-        self.transmit.fill(buffer, &bytes)?;
-        self.transmit.offer(buffer)?;
-        if self.transmit.wants_notification()? {
-            self.registers.virtio.notify(self.registers.transmit_notify)?;
+        while self.queues.transmit.take_used()?.is_some() {}
+        let buffer = self.queues.transmit.free_buffer().ok_or(ControlError::TransmitFull)?;
+        self.queues.transmit.fill(buffer, &bytes)?;
+        self.queues.transmit.offer(buffer)?;
+        if self.queues.transmit.wants_notification()? {
+            self.registers.notify(TRANSMIT_QUEUE)?;
         }
         trace!(len = bytes.len(), "frame to the bridge");
         Ok(())

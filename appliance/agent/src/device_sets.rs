@@ -16,11 +16,12 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use tokio::time::timeout;
 use tracing::{info, warn};
-use vvu_appliance_config::{ApplianceConfig, CONTROL_CHANNEL, Device};
+use vvu_appliance_config::{ApplianceConfig, BootTimes, CONTROL_CHANNEL, Device};
 use vvu_protocol::control::VIRTIO_ID;
 
+use crate::boot::uptime_ms;
 use crate::channel::{Channel, Port};
-use crate::control::{ControlDevice, ControlPort, FoundControlDevice};
+use crate::control::{ControlDevice, FoundControlDevice};
 use crate::doorbell::DoorbellDevice;
 use crate::modules::{Modules, Stage};
 use crate::orderly_end::OrderlyEnd;
@@ -32,7 +33,7 @@ use crate::session::DeviceSet;
 use crate::supervisor::Supervisor;
 use crate::uuid::Uuid;
 use crate::vfio::VfioDevice;
-use crate::window::Window;
+use crate::window::WindowNode;
 
 /// How long a bridge may take to map the header of its window.
 const WINDOW_TIMEOUT: Duration = Duration::from_secs(30);
@@ -58,14 +59,20 @@ pub struct Machine {
     pub orderly_end: Option<OrderlyEnd>,
 }
 
-/// Brings up all device sets of the configuration.
+/// Brings up all device sets of the configuration, and notes in `times` when it got how far.
 ///
 /// # Errors
 /// If a device is missing or cannot be driven.
-pub async fn bring_up(config: &ApplianceConfig, modules: &Modules, reaper: &Reaper) -> Result<Machine> {
+pub async fn bring_up(
+    config: &ApplianceConfig,
+    modules: &Modules,
+    reaper: &Reaper,
+    times: &mut BootTimes,
+) -> Result<Machine> {
     let doorbells = PciFunction::all(PciId::IVSHMEM)?;
     doorbells.iter().try_for_each(PciFunction::hide_memory)?;
     let controls = start_controls(config)?;
+    times.controls = uptime_ms();
     modules.load(Stage::Window)?;
     let mut devices = add_doorbells(controls, &doorbells)?;
     for set in &mut devices {
@@ -73,7 +80,7 @@ pub async fn bring_up(config: &ApplianceConfig, modules: &Modules, reaper: &Reap
     }
     for set in &mut devices {
         let uuid = set.uuid;
-        let len = timeout(WINDOW_TIMEOUT, window_len(&mut set.control)).await;
+        let len = timeout(WINDOW_TIMEOUT, set.control.window_len()).await;
         set.window_len = len.with_context(|| format!("bridge of device set {uuid} does not map its window"))??;
     }
     modules.load(Stage::Dax)?;
@@ -85,7 +92,7 @@ pub async fn bring_up(config: &ApplianceConfig, modules: &Modules, reaper: &Reap
         // The devices are in the order of the sets in the configuration.
         let mut sets = Vec::new();
         for set in devices.by_ref().take(sockets.len()) {
-            let window = Window::open(set.uuid, set.window_len).await?;
+            let window = WindowNode::open(set.uuid, set.window_len).await?;
             sets.push((set, window));
         }
         if let Device::Exec(_) = back_end.device {
@@ -106,6 +113,7 @@ pub async fn bring_up(config: &ApplianceConfig, modules: &Modules, reaper: &Reap
             machine.orderly_end = Some(OrderlyEnd::new(port, process));
         }
     }
+    times.windows = uptime_ms();
     Ok(machine)
 }
 
@@ -170,15 +178,4 @@ fn find_doorbells(functions: &[PciFunction]) -> Result<BTreeMap<Uuid, DoorbellDe
 fn open(function: &PciFunction) -> Result<VfioDevice> {
     let group = function.bind_to_vfio()?;
     VfioDevice::open(function, group).with_context(|| format!("PCI device {function}"))
-}
-
-/// Waits until the device tells how long its window is.
-async fn window_len(control: &mut ControlDevice) -> Result<u64> {
-    loop {
-        let len = control.config()?.window_len;
-        if len != 0 {
-            return Ok(len);
-        }
-        control.config_change().await?;
-    }
 }

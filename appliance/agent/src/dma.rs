@@ -67,9 +67,9 @@ impl DmaPages {
         Ok(Rc::new(Self { region, addresses }))
     }
 
-    /// Pages of `region` with addresses of the caller's choice.
-    #[cfg(test)]
-    pub(crate) fn with_addresses(region: MmapRegion, addresses: Vec<u64>) -> Rc<Self> {
+    /// Pages of `region` that a device finds at these addresses, by what the caller has told it.
+    #[must_use]
+    pub fn with_addresses(region: MmapRegion, addresses: Vec<u64>) -> Rc<Self> {
         Rc::new(Self { region, addresses })
     }
 

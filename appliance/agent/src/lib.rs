@@ -5,7 +5,9 @@
 //! from the bridge becomes a vhost-user message, its handles become file descriptors, and the back-end's reply becomes a
 //! frame. What a back-end needs besides it prepares: disks and directories of its own ([`programs`]), a TAP on the appliance's
 //! network card ([`network`]), byte streams to the host ([`channel`]), the length of the window ([`node_size`]), users to serve
-//! files to ([`user_namespace`]). The binary `vvu-agent` runs it; tests run [`session`] against a control device of their own.
+//! files to ([`user_namespace`]). The binary `vvu-agent` runs it. Devices are behind
+//! three small traits, [`control::Registers`], [`doorbell::Doorbell`] and [`window::Window`]: tests, and the crate `vvu-loopback`, run
+//! [`session`] against devices of their own.
 //!
 //! It never looks at a device's data or at the bytes of a channel, signals nothing itself while a device runs, and has no device
 //! code. Of driver memory it reads one number: the index of a used ring, when a back-end was lost

@@ -13,6 +13,7 @@ use vvu_agent::modules::{Modules, Stage};
 use vvu_agent::orderly_end::OrderlyEnd;
 use vvu_agent::reaper::{Reaper, Scope};
 use vvu_agent::session::DeviceSetError;
+use vvu_appliance_config::BootTimes;
 
 fn main() -> Result<()> {
     if !rustix::process::getpid().is_init() {
@@ -27,6 +28,7 @@ fn main() -> Result<()> {
 
 /// Serves until that is over in order.
 fn run() -> Result<()> {
+    let mut times = BootTimes { agent: boot::uptime_ms(), ..BootTimes::default() };
     boot::mount_file_systems()?;
     let modules = Modules::read(Path::new("/etc/modules.list"), Path::new("/lib/modules"))?;
     modules.load(Stage::Boot)?;
@@ -36,6 +38,7 @@ fn run() -> Result<()> {
     if boot::has_uplink(&config) {
         Modules::read(Path::new("/etc/modules-net.list"), Path::new("/lib/modules"))?.load(Stage::Boot)?;
     }
+    times.modules = boot::uptime_ms();
     // No program that is started from here on gains rights by being executed.
     rustix::thread::set_no_new_privs(true).context("cannot give up new privileges")?;
     let runtime =
@@ -48,7 +51,9 @@ fn run() -> Result<()> {
                 tracing::error!("cannot wait for processes: {error}");
             }
         });
-        let machine = bring_up(&config, &modules, &reaper).await?;
+        let machine = bring_up(&config, &modules, &reaper, &mut times).await?;
+        // Whatever the log's filter is: the launcher reads it.
+        eprintln!("{times}");
         for (name, channel) in machine.channels {
             tokio::task::spawn_local(async move {
                 let Err(error) = channel.run().await;

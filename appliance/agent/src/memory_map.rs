@@ -26,11 +26,13 @@ use crate::regions::{Extent, RegionError, joined};
 
 /// What a change has to take into account.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Situation {
+pub struct Situation<'a> {
     /// Memory slots of the back-end, if it has any.
     pub slots: Option<usize>,
     /// Whether a vring runs.
     pub running: bool,
+    /// Seams of the window ([`crate::window::Window::seams`]): no piece goes over one.
+    pub seams: &'a [WindowOffset],
 }
 
 /// One message to the back-end.
@@ -76,7 +78,7 @@ impl MemoryMap {
     ///
     /// # Errors
     /// [`RegionError`] if the list is not valid, or the back-end cannot take it.
-    pub fn replaced(&self, table: &[MemoryRegion], situation: Situation) -> Result<Change, RegionError> {
+    pub fn replaced(&self, table: &[MemoryRegion], situation: Situation<'_>) -> Result<Change, RegionError> {
         check_table(table, MAX_SLOTS).map_err(RegionError::Table)?;
         self.plan(table.to_vec(), self.extents_of(table)?, situation)
     }
@@ -85,7 +87,7 @@ impl MemoryMap {
     ///
     /// # Errors
     /// As [`MemoryMap::replaced`].
-    pub fn added(&self, region: MemoryRegion, situation: Situation) -> Result<Change, RegionError> {
+    pub fn added(&self, region: MemoryRegion, situation: Situation<'_>) -> Result<Change, RegionError> {
         let mut regions = self.regions.clone();
         regions.push(region);
         check_table(&regions, MAX_SLOTS).map_err(RegionError::Table)?;
@@ -99,7 +101,7 @@ impl MemoryMap {
     ///
     /// # Errors
     /// [`RegionError::NoSuchRegion`], else as [`MemoryMap::replaced`].
-    pub fn removed(&self, region: &MemoryRegion, situation: Situation) -> Result<Change, RegionError> {
+    pub fn removed(&self, region: &MemoryRegion, situation: Situation<'_>) -> Result<Change, RegionError> {
         let same = |other: &MemoryRegion| {
             (other.guest_address, other.user_address, other.size)
                 == (region.guest_address, region.user_address, region.size)
@@ -149,7 +151,7 @@ impl MemoryMap {
         &self,
         regions: Vec<MemoryRegion>,
         extents: Vec<Extent>,
-        situation: Situation,
+        situation: Situation<'_>,
     ) -> Result<Change, RegionError> {
         match self.steps(&extents, situation) {
             Ok(steps) => Ok(Change { steps, regions, extents }),
@@ -162,12 +164,12 @@ impl MemoryMap {
         }
     }
 
-    fn steps(&self, extents: &[Extent], situation: Situation) -> Result<Vec<Step>, RegionError> {
-        let pieces = pieces(extents)?;
-        if pieces == sorted(joined(self.back_end.clone(), Extent::touches)) {
+    fn steps(&self, extents: &[Extent], situation: Situation<'_>) -> Result<Vec<Step>, RegionError> {
+        let pieces = pieces(extents, situation.seams)?;
+        if pieces == sorted(merged(&self.back_end, situation.seams)) {
             return Ok(Vec::new());
         }
-        let Situation { slots, running } = situation;
+        let Situation { slots, running, .. } = situation;
         let in_place = slots.and_then(|slots| self.in_place(extents, &pieces, slots));
         // Some back-ends take no empty table.
         let fits_table = pieces.len() <= MAX_TABLE_REGIONS && !(pieces.is_empty() && in_place.is_some());
@@ -200,11 +202,15 @@ struct InPlace {
 }
 
 /// Extents as few pieces, sorted by guest address.
-fn pieces(extents: &[Extent]) -> Result<Vec<Extent>, RegionError> {
-    let pieces = sorted(joined(extents.to_vec(), Extent::touches));
+fn pieces(extents: &[Extent], seams: &[WindowOffset]) -> Result<Vec<Extent>, RegionError> {
+    let pieces = sorted(merged(extents, seams));
     let regions = pieces.iter().map(Extent::region).collect::<Vec<_>>();
     check_table(&regions, MAX_SLOTS).map_err(RegionError::Rounded)?;
     Ok(pieces)
+}
+
+fn merged(extents: &[Extent], seams: &[WindowOffset]) -> Vec<Extent> {
+    joined(extents.to_vec(), |one, other| one.touches(other, seams))
 }
 
 fn sorted(mut extents: Vec<Extent>) -> Vec<Extent> {

@@ -25,7 +25,7 @@ use crate::process_table::{holds, kill_user, of_user};
 use crate::reaper::{Child, Exit, Reaper};
 use crate::restarts::{MAX_RESTARTS, PERIOD, RestartLimit};
 use crate::user::User;
-use crate::window::Window;
+use crate::window::WindowNode;
 
 /// Between two looks for what is left of a program: no event tells of the end of a process that is not one's own child.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
@@ -48,7 +48,7 @@ pub struct BackEndProgram {
     /// Where its output goes.
     pub output: Output,
     /// The window whose length it is told when it asks for that in the way of files ([`node_size`]).
-    pub window: Option<Window>,
+    pub window: Option<WindowNode>,
 }
 
 /// Where the output of a program goes.

@@ -3,7 +3,8 @@
 //! A device-DAX node is mapped in units of 2 MiB: the kernel refuses a mapping whose length is no multiple of it, and backs
 //! one whose offset is none with small pages. A front-end's regions do not care: a PC has a hole at 640 KiB, for instance.
 //! The window helps here. A file lies in it in one piece, congruent modulo 2 MiB, and its last unit is reserved as a whole.
-//! So a region grows to whole units, an [`Extent`], and extents of one mapping that touch become one. What a region gains
+//! So a region grows to whole units, an [`Extent`], and extents that touch become one, unless the window has a seam between
+//! them ([`crate::window::Window::seams`]; a device-DAX node has none). What a region gains
 //! is either more of the same file, or not backed at all; the front-end never names an address in it, for it is part of none
 //! of its regions.
 //!
@@ -11,7 +12,6 @@
 //! before and after.
 
 use vvu_protocol::address::{FileOffset, GuestAddress, UserAddress, WindowOffset};
-use vvu_protocol::dax::NODE_OFFSET;
 use vvu_protocol::memory::{MAX_TABLE_REGIONS, MemoryError, MemoryRegion};
 use vvu_protocol::window::{ALIGNMENT, MEMORY_OFFSET};
 
@@ -97,15 +97,14 @@ impl Extent {
         })
     }
 
-    /// The region as the back-end maps it: with an offset into the device-DAX node.
+    /// The region as the front-end would give it: with its offset in the window.
     #[must_use]
     pub const fn region(&self) -> MemoryRegion {
         MemoryRegion {
             guest_address: GuestAddress(self.guest),
             size: self.end - self.start,
             user_address: UserAddress(self.user),
-            // The area for driver memory lies behind the start of the node.
-            mmap_offset: FileOffset(self.start.saturating_sub(NODE_OFFSET)),
+            mmap_offset: FileOffset(self.start),
         }
     }
 
@@ -126,10 +125,13 @@ impl Extent {
         self.distances() == other.distances() && self.start < other.end && other.start < self.end
     }
 
-    /// Whether both are one piece, as guest addresses, user addresses and window offsets go.
+    /// Whether both are one piece, as guest addresses, user addresses and window offsets go, and none of the `seams` is
+    /// between them.
     #[must_use]
-    pub fn touches(&self, other: &Self) -> bool {
-        self.distances() == other.distances() && self.start <= other.end && other.start <= self.end
+    pub fn touches(&self, other: &Self, seams: &[WindowOffset]) -> bool {
+        let neighbours = self.distances() == other.distances() && (self.end == other.start || other.end == self.start);
+        let seam = WindowOffset(self.start.max(other.start));
+        self.shares_unit(other) || neighbours && !seams.contains(&seam)
     }
 
     /// Whether all of the other one is in this one.

@@ -47,11 +47,11 @@ use vvu_protocol::control::Status;
 
 use crate::back_end::BackEndLink;
 use crate::control::{ControlError, ControlPort};
-use crate::doorbell::Doorbell;
+use crate::doorbell::{Doorbell, SignalsInUse};
 use crate::in_one_line;
 use crate::supervisor::{GaveUp, Supervise, Supervisor};
 use crate::uuid::Uuid;
-use crate::window::Window;
+use crate::window::{Window, WindowNode};
 
 mod back_channel;
 mod device_state;
@@ -59,6 +59,7 @@ mod end;
 mod front_end;
 mod refusal;
 mod router;
+mod signals;
 mod slot;
 mod state;
 mod vrings;
@@ -86,17 +87,17 @@ pub enum DeviceSetError {
 
 /// One emulated device.
 #[derive(Debug)]
-pub struct DeviceSet<P, D, S = Supervisor> {
+pub struct DeviceSet<P, D, S = Supervisor, W = WindowNode> {
     port: P,
     doorbell: D,
-    window: Window,
+    window: W,
     supervisor: S,
     state: StateDoor,
 }
 
-impl<P: ControlPort, D: Doorbell, S: Supervise> DeviceSet<P, D, S> {
+impl<P: ControlPort, D: Doorbell, S: Supervise, W: Window> DeviceSet<P, D, S, W> {
     /// Puts a device set together. Its status is down.
-    pub const fn new(uuid: Uuid, port: P, doorbell: D, window: Window, supervisor: S) -> Self {
+    pub const fn new(uuid: Uuid, port: P, doorbell: D, window: W, supervisor: S) -> Self {
         Self { port, doorbell, window, supervisor, state: StateDoor::new(uuid) }
     }
 
@@ -150,13 +151,15 @@ impl<P: ControlPort, D: Doorbell, S: Supervise> DeviceSet<P, D, S> {
         let back_channel = BackChannelTask::new(uuid, back_end, back_channels);
         let device_state = DeviceStateTask::new(uuid, device_state, transfers);
         // Each is polled whenever one has something to do; the order only says whose word counts if two end at once.
-        tokio::select! {
+        let end = tokio::select! {
             biased;
             end = router.run() => end,
             end = front_end.run() => Ok(end),
             end = back_channel.run() => Ok(end),
             end = device_state.run() => Ok(end),
-        }
+        };
+        doorbell.keep_only(&SignalsInUse::default());
+        end
     }
 
     /// From the end of a session to a device set that is down, with the next back-end ready. Device and back-end do their part

@@ -13,7 +13,6 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use vvu_protocol::address::{FileOffset, WindowOffset};
 use vvu_protocol::carriage::{self, Carriage};
 use vvu_protocol::control::Handle;
-use vvu_protocol::dax::NODE_OFFSET;
 use vvu_protocol::memory::MemoryRegion;
 use vvu_protocol::message::{DeviceStateTransfer, FrontEndRequest, Inflight, LogArea, StateDirection, VringFile};
 use vvu_protocol::window::{ALIGNMENT, INFLIGHT_LEN, INFLIGHT_OFFSET, LOG_LEN, LOG_OFFSET};
@@ -21,7 +20,7 @@ use vvu_protocol::window::{ALIGNMENT, INFLIGHT_LEN, INFLIGHT_OFFSET, LOG_LEN, LO
 use crate::doorbell::{Doorbell, DoorbellError};
 use crate::memory_map::Step;
 use crate::regions::Extent;
-use crate::window::Window;
+use crate::window::{Backing, NotBacked, Window};
 
 /// A file descriptor for the back-end. The same one may be sent several times.
 pub type Descriptor = Arc<OwnedFd>;
@@ -57,6 +56,9 @@ pub enum TranslateError {
         /// Length of its area in bytes.
         area: u64,
     },
+    /// Nothing is there.
+    #[error(transparent)]
+    NotBacked(#[from] NotBacked),
     /// There is no eventfd for a handle.
     #[error(transparent)]
     Doorbell(#[from] DoorbellError),
@@ -90,7 +92,7 @@ pub struct Translation {
 /// [`TranslateError`].
 pub fn translate(
     request: FrontEndRequest<Handle>,
-    window: &Window,
+    window: &impl Window,
     doorbell: &mut impl Doorbell,
 ) -> Result<Translation, TranslateError> {
     use FrontEndRequest as R;
@@ -98,9 +100,9 @@ pub fn translate(
         R::SetVringKick(file) => R::SetVringKick(vring_file(file, |handle| vector(handle, doorbell))?),
         R::SetVringCall(file) => R::SetVringCall(vring_file(file, |handle| peer(handle, doorbell))?),
         R::SetVringErr(file) => R::SetVringErr(vring_file(file, |handle| peer(handle, doorbell))?),
-        R::SetLogBase(area, handle) => R::SetLogBase(log(area)?, node(handle, window)?),
+        R::SetLogBase(area, handle) => log(area, handle, window)?,
         R::SetLogFd(handle) => R::SetLogFd(peer(handle, doorbell)?),
-        R::SetInflightFd(buffer, handle) => R::SetInflightFd(inflight(buffer)?, node(handle, window)?),
+        R::SetInflightFd(buffer, handle) => inflight(buffer, handle, window)?,
         R::SetBackendReqFd(handle) => return back_channel(handle),
         R::SetDeviceStateFd(transfer, handle) => return device_state(transfer, handle),
         other => match carriage::front_end(other.code()) {
@@ -113,14 +115,23 @@ pub fn translate(
 }
 
 /// The request that is a step of a change of memory.
-#[must_use]
-pub fn memory_request(step: &Step, window: &Window) -> FrontEndRequest<Descriptor> {
-    let with_node = |extent: &Extent| (extent.region(), Arc::clone(&window.file));
-    match step {
-        Step::Table(extents) => FrontEndRequest::SetMemTable(extents.iter().map(with_node).collect()),
-        Step::Add(extent) => FrontEndRequest::AddMemReg(extent.region(), Arc::clone(&window.file)),
-        Step::Remove(extent) => FrontEndRequest::RemMemReg(extent.region()),
-    }
+///
+/// # Errors
+/// [`TranslateError::NotBacked`].
+pub fn memory_request(step: &Step, window: &impl Window) -> Result<FrontEndRequest<Descriptor>, TranslateError> {
+    let backed = |extent: &Extent| -> Result<(MemoryRegion, Descriptor), TranslateError> {
+        let region = extent.region();
+        let Backing { file, offset, len } = window.backing(WindowOffset(region.mmap_offset.0), region.size)?;
+        Ok((MemoryRegion { size: len, mmap_offset: offset, ..region }, file))
+    };
+    Ok(match step {
+        Step::Table(extents) => FrontEndRequest::SetMemTable(extents.iter().map(backed).collect::<Result<_, _>>()?),
+        Step::Add(extent) => {
+            let (region, file) = backed(extent)?;
+            FrontEndRequest::AddMemReg(region, file)
+        }
+        Step::Remove(extent) => FrontEndRequest::RemMemReg(backed(extent)?.0),
+    })
 }
 
 /// A region of the front-end, if it is in the window.
@@ -153,30 +164,36 @@ pub fn pipe_of_back_end(theirs: &OwnedFd, direction: StateDirection) -> io::Resu
 
 /// A back-end maps the whole log, and some insist on the length they were told: so it is told whole units. The log gets longer
 /// by bits that stand for no page of driver memory.
-fn log(area: LogArea) -> Result<LogArea, TranslateError> {
-    let (mmap_offset, size) = place(area.mmap_offset, area.size, LOG_OFFSET, LOG_LEN)?;
-    Ok(LogArea { size, mmap_offset })
+fn log(area: LogArea, handle: Handle, window: &impl Window) -> Result<FrontEndRequest<Descriptor>, TranslateError> {
+    let (start, len) = units(area.mmap_offset, area.size, LOG_OFFSET, LOG_LEN)?;
+    let Backing { file, offset, len } = in_window(handle, window)?.backing(start, len)?;
+    Ok(FrontEndRequest::SetLogBase(LogArea { size: len, mmap_offset: offset }, file))
 }
 
-fn inflight(buffer: Inflight) -> Result<Inflight, TranslateError> {
-    let (mmap_offset, mmap_size) = place(buffer.mmap_offset, buffer.mmap_size, INFLIGHT_OFFSET, INFLIGHT_LEN)?;
-    Ok(Inflight { mmap_size, mmap_offset, ..buffer })
+fn inflight(
+    buffer: Inflight,
+    handle: Handle,
+    window: &impl Window,
+) -> Result<FrontEndRequest<Descriptor>, TranslateError> {
+    let (start, len) = units(buffer.mmap_offset, buffer.mmap_size, INFLIGHT_OFFSET, INFLIGHT_LEN)?;
+    let Backing { file, offset, len } = in_window(handle, window)?.backing(start, len)?;
+    Ok(FrontEndRequest::SetInflightFd(Inflight { mmap_size: len, mmap_offset: offset, ..buffer }, file))
 }
 
-/// Offset in the node and length in whole units of what lies in an area of the window.
-fn place(
+/// Where in the window, and in whole units, lies what is to be in an area of it.
+fn units(
     start: FileOffset,
     len: u64,
     area_start: WindowOffset,
     area: u64,
-) -> Result<(FileOffset, u64), TranslateError> {
+) -> Result<(WindowOffset, u64), TranslateError> {
     let start = WindowOffset(start.0);
     let error = TranslateError::Place { start, len, area_start, area };
     let rounded = len.checked_next_multiple_of(ALIGNMENT).filter(|len| *len > 0);
     let end = rounded.and_then(|len| start.checked_add(len));
     let inside = start >= area_start && end.is_some_and(|end| end.0 <= area_start.0.saturating_add(area));
-    match (rounded, start.checked_sub(NODE_OFFSET)) {
-        (Some(len), Some(offset)) if inside && offset.0.is_multiple_of(ALIGNMENT) => Ok((FileOffset(offset.0), len)),
+    match rounded {
+        Some(len) if inside && start.0.is_multiple_of(ALIGNMENT) => Ok((start, len)),
         _ => Err(error),
     }
 }
@@ -203,9 +220,9 @@ fn device_state(transfer: DeviceStateTransfer, handle: Handle) -> Result<Transla
     Ok(Translation { request, ours: Some(OurEnd::State(transfer.direction, ours)) })
 }
 
-fn node(handle: Handle, window: &Window) -> Result<Descriptor, TranslateError> {
+fn in_window<W: Window>(handle: Handle, window: &W) -> Result<&W, TranslateError> {
     match handle {
-        Handle::Window => Ok(Arc::clone(&window.file)),
+        Handle::Window => Ok(window),
         found => Err(TranslateError::Handle { expected: "window", found }),
     }
 }
@@ -217,7 +234,7 @@ fn vring_file(
     Ok(VringFile { index: file.index, descriptor: file.descriptor.map(translate).transpose()? })
 }
 
-fn vector(handle: Handle, doorbell: &impl Doorbell) -> Result<Descriptor, TranslateError> {
+fn vector(handle: Handle, doorbell: &mut impl Doorbell) -> Result<Descriptor, TranslateError> {
     match handle {
         Handle::Vector(vector) => Ok(doorbell.vector(vector)?),
         found => Err(TranslateError::Handle { expected: "vector", found }),

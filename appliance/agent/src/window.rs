@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::volatile_memory::Error as VolatileError;
-use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
-use vvu_protocol::address::WindowOffset;
+use vm_memory::{Bytes, MmapRegion, VolatileMemory};
+use vvu_protocol::address::{FileOffset, WindowOffset};
 use vvu_protocol::dax::NODE_OFFSET;
 use vvu_protocol::window::ALIGNMENT;
 
@@ -65,16 +65,60 @@ pub enum ReadError {
     Io(#[from] io::Error),
 }
 
-/// The window of one device set. Its file's offset 0 is window offset [`vvu_protocol::dax::NODE_OFFSET`].
+/// Something is not in the window.
+#[derive(Debug, thiserror::Error)]
+#[error("{len:#x} bytes at window offset {start} are not in the window")]
+pub struct NotBacked {
+    /// Where it starts.
+    pub start: WindowOffset,
+    /// Its length in bytes.
+    pub len: u64,
+}
+
+/// Where a part of the window lies, for a program that maps it.
 #[derive(Debug, Clone)]
-pub struct Window {
+pub struct Backing {
+    /// The file.
+    pub file: Arc<OwnedFd>,
+    /// Where in it the part starts.
+    pub offset: FileOffset,
+    /// How much of the part is there, in bytes.
+    pub len: u64,
+}
+
+/// What a session needs of the window.
+pub trait Window {
+    /// Length of the window in bytes, header included.
+    fn window_len(&self) -> u64;
+
+    /// Where in the window one file ends and another one begins, so that no program can map what is before and what is
+    /// behind in one piece.
+    fn seams(&self) -> Vec<WindowOffset>;
+
+    /// Where `len` bytes from `start` on lie; both are multiples of [`ALIGNMENT`].
+    ///
+    /// # Errors
+    /// [`NotBacked`].
+    fn backing(&self, start: WindowOffset, len: u64) -> Result<Backing, NotBacked>;
+
+    /// Reads two little-endian bytes of driver memory in one access. The driver may write there at any time.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    fn read_u16(&self, offset: WindowOffset) -> Result<u16, ReadError>;
+}
+
+/// The window of one device set as the kernel gives it. Its file's offset 0 is window offset
+/// [`vvu_protocol::dax::NODE_OFFSET`].
+#[derive(Debug, Clone)]
+pub struct WindowNode {
     /// The node, open for reading and writing.
     pub file: Arc<OwnedFd>,
     /// Length of the window in bytes, header included.
     pub len: u64,
 }
 
-impl Window {
+impl WindowNode {
     /// Waits for the node of a device set, and opens it.
     ///
     /// # Errors
@@ -93,13 +137,25 @@ impl Window {
         tracing::info!(node = %path.display(), len_bytes = len, "window is open");
         Ok(Self { file: Arc::new(file.into()), len })
     }
+}
 
-    /// Reads two little-endian bytes of driver memory in one access. For that moment, and no longer, one unit of the node is
-    /// mapped. The driver may write there at any time.
-    ///
-    /// # Errors
-    /// [`ReadError`].
-    pub fn read_u16(&self, offset: WindowOffset) -> Result<u16, ReadError> {
+impl Window for WindowNode {
+    fn window_len(&self) -> u64 {
+        self.len
+    }
+
+    fn seams(&self) -> Vec<WindowOffset> {
+        Vec::new()
+    }
+
+    fn backing(&self, start: WindowOffset, len: u64) -> Result<Backing, NotBacked> {
+        let inside = start.checked_add(len).is_some_and(|end| end.0 <= self.len);
+        let in_node = start.checked_sub(NODE_OFFSET).filter(|_| inside).ok_or(NotBacked { start, len })?;
+        Ok(Backing { file: Arc::clone(&self.file), offset: FileOffset(in_node.0), len })
+    }
+
+    /// For that moment, and no longer, one unit of the node is mapped.
+    fn read_u16(&self, offset: WindowOffset) -> Result<u16, ReadError> {
         let outside = ReadError::Outside { offset };
         let Some(in_node) = offset.checked_sub(NODE_OFFSET).filter(|_| offset.0 < self.len) else {
             return Err(outside);
@@ -108,7 +164,7 @@ impl Window {
         let (Ok(place), Ok(unit_len)) = (usize::try_from(in_unit), usize::try_from(ALIGNMENT)) else {
             return Err(outside);
         };
-        let file = FileOffset::new(File::from(self.file.try_clone()?), in_node.0 - in_unit);
+        let file = vm_memory::FileOffset::new(File::from(self.file.try_clone()?), in_node.0 - in_unit);
         let unit = MmapRegion::<()>::build(Some(file), unit_len, libc::PROT_READ, libc::MAP_SHARED)?;
         let value: u16 = unit
             .as_volatile_slice()

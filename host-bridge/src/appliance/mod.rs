@@ -197,6 +197,7 @@ impl Appliance {
     pub async fn unmap(&mut self) -> Result<(), ApplianceError> {
         self.window.unmap_all().await?;
         self.layout.clear();
+        self.doorbells.withdraw_peers();
         Ok(())
     }
 

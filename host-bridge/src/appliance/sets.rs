@@ -30,7 +30,7 @@ use super::doorbell::Doorbell;
 use super::sockets::{Device, Sockets};
 use super::window::{Window, WindowPort, WindowState, header_file};
 use super::{Appliance, ApplianceError, CLEAR_TIMEOUT, file_identity};
-use crate::doorbells::Doorbells;
+use crate::doorbells::{Doorbells, Readers};
 
 /// Most appliances: the one in use, and the one that is to take its place.
 pub const COMPLETE_MAX: usize = 2;
@@ -51,6 +51,8 @@ pub struct Model {
     pub uuid: [u8; 16],
     /// Most queues of the emulated device.
     pub queues: u16,
+    /// Number of vectors of the doorbell device, if eventfds of the front-end are handed over to it.
+    pub handed_over: Option<u16>,
     /// The window, with nothing mapped.
     pub layout: Layout,
 }
@@ -134,6 +136,8 @@ pub struct DeviceSets {
     model: Model,
     sets: Vec<DeviceSet>,
     accepted: u32,
+    /// VMMs that were given eventfds of the front-end, beyond the life of their sets.
+    readers: Rc<Readers>,
     /// Some appliance may have become ready, or no longer be.
     changed: Rc<Notify>,
 }
@@ -145,7 +149,8 @@ impl DeviceSets {
     /// If they cannot be made there.
     pub fn bind(directory: &Path, model: Model) -> anyhow::Result<Self> {
         let sockets = Sockets::bind(directory)?;
-        Ok(Self { sockets, model, sets: Vec::new(), accepted: 0, changed: Rc::new(Notify::new()) })
+        let (readers, changed) = (Rc::new(Readers::default()), Rc::new(Notify::new()));
+        Ok(Self { sockets, model, sets: Vec::new(), accepted: 0, readers, changed })
     }
 
     /// Waits for one thing to happen to the sets, and takes it over; [`DeviceSets::take`] says what has become of it. May be
@@ -255,7 +260,7 @@ impl DeviceSets {
             },
         };
         let Some(set) = self.sets.get_mut(index) else { return };
-        if let Err(error) = set.connect(device, stream, &self.model) {
+        if let Err(error) = set.connect(device, stream, &self.model, &self.readers) {
             let error = anyhow::Error::from(error);
             tracing::warn!(peer, "connection of an appliance's VMM refused: {error:#}");
             self.sets.remove(index);
@@ -363,7 +368,13 @@ impl DeviceSet {
     }
 
     /// Starts the task of a device. A second connection to the same one is closed, and changes nothing.
-    fn connect(&mut self, device: Device, stream: UnixStream, model: &Model) -> Result<(), ApplianceError> {
+    fn connect(
+        &mut self,
+        device: Device,
+        stream: UnixStream,
+        model: &Model,
+        readers: &Rc<Readers>,
+    ) -> Result<(), ApplianceError> {
         let Stage::Incomplete(set) = &mut self.stage else { return Ok(()) };
         let io = |what| move |source| ApplianceError::Io { what, source };
         let stream = stream.into_std().map_err(io("socket of the appliance's VMM"))?;
@@ -384,9 +395,12 @@ impl DeviceSet {
                 set.window = Some(port);
             }
             Device::Doorbell if !set.doorbell => {
-                let task = Doorbell::new(stream, model.uuid)?;
+                let (task, port) = Doorbell::new(stream, model.uuid)?;
                 let announcement = set.doorbells.announce().map_err(io("duplicates of eventfds"))?;
                 self.tasks.spawn_local(task.run(announcement));
+                if let Some(vectors) = model.handed_over {
+                    set.doorbells.hand_over(port, Rc::clone(readers), vectors);
+                }
                 set.doorbell = true;
             }
             _ => tracing::warn!(peer = self.peer, ?device, "second connection of an appliance's VMM closed"),

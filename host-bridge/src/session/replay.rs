@@ -11,7 +11,7 @@ use vvu_protocol::window::Area;
 use super::SessionError;
 use super::device_state::Step;
 use super::relay::{Answer, Relay, UnderWay, unexpected_answer};
-use crate::appliance::{ApplianceError, file_identity};
+use crate::appliance::file_identity;
 
 impl Relay<'_> {
     pub(super) async fn attach(mut self, attachment: u32) -> Result<(), SessionError> {
@@ -27,7 +27,7 @@ impl Relay<'_> {
             self.take_step(step).await?;
         }
         if !is_fresh || step_count > 0 {
-            self.wake_both_sides()?;
+            self.wake_both_sides();
             tracing::info!(session = self.session.number, attachment, step_count, "the back-end has taken over");
         }
         Ok(())
@@ -98,13 +98,11 @@ impl Relay<'_> {
     }
 
     /// A kick, a call or a change of the configuration may have been lost with the back-end before; one too many is harmless.
-    fn wake_both_sides(&self) -> Result<(), SessionError> {
-        let signalled = self.appliance.doorbells.signal_all();
-        signalled.map_err(|source| ApplianceError::Io { what: "eventfds of the session", source })?;
+    fn wake_both_sides(&mut self) {
+        self.appliance.doorbells.signal_all();
         if self.session.state.has_negotiated(ProtocolFeatures::BACKEND_REQ | ProtocolFeatures::CONFIG) {
             self.session.link.back_channel.notify_config_change();
         }
-        Ok(())
     }
 }
 

@@ -17,25 +17,36 @@ use crate::translate;
 
 impl Relay<'_> {
     pub(super) async fn set_kick(&mut self, file: &VringFile<Descriptor>) -> Result<Answer, SessionError> {
-        let count = self.appliance.doorbells.queue_count();
-        let no_queue = SessionError::Queue { found: u32::from(file.index), count };
-        let vector = self.appliance.doorbells.vector(file.index).ok_or(no_queue)?;
         if let Err(error) = check_eventfd(file.descriptor.as_deref()) {
             return Ok(self.refuse("SET_VRING_KICK", error));
         }
         if let Err(refusal) = self.provide_inflight().await? {
             return Ok(refusal);
         }
+        let vector = self.appliance.doorbells.vector(file.index, file.descriptor.as_ref());
+        let vector = vector.ok_or_else(|| self.no_queue(file.index))?;
+        self.all_known().await?;
         self.session.state.crosses(&Request::SetVringKick(file.clone()));
         let translated = translate::vring_file(file, Handle::Vector(vector));
         let value = self.ask_acknowledgement(FrontEndRequest::SetVringKick(translated)).await?;
         if value == 0 {
             // After the answer: only then somebody listens at the vector. What was signalled before is still there.
-            if let Err(error) = self.appliance.doorbells.set_kick(file.index, file.descriptor.clone()) {
+            if let Err(error) = self.appliance.doorbells.set_kick(file.index, vector, file.descriptor.clone()) {
                 return Ok(self.refuse("SET_VRING_KICK", error));
             }
         }
         Ok(Answer::Acknowledgement(value))
+    }
+
+    fn no_queue(&self, index: u8) -> SessionError {
+        SessionError::Queue { found: u32::from(index), count: self.appliance.doorbells.queue_count() }
+    }
+
+    /// The appliance's VMM has heard of all that the agent may be told of.
+    async fn all_known(&mut self) -> Result<(), SessionError> {
+        let known = self.appliance.doorbells.all_known();
+        self.session.link.meanwhile_attached(&mut self.appliance.control, known).await??;
+        Ok(())
     }
 
     pub(super) async fn set_call(&mut self, file: &VringFile<Descriptor>) -> Result<Answer, SessionError> {
@@ -51,11 +62,14 @@ impl Relay<'_> {
         signal: OutwardSignal,
         file: &VringFile<Descriptor>,
     ) -> Result<Answer, SessionError> {
-        let doorbells = &self.appliance.doorbells;
-        let no_queue = SessionError::Queue { found: u32::from(file.index), count: doorbells.queue_count() };
-        let peer = doorbells.peer(file.index, signal).ok_or(no_queue)?;
+        if let Err(error) = check_eventfd(file.descriptor.as_deref()) {
+            return Ok(self.refuse("eventfd of a vring", error));
+        }
+        let peer = self.appliance.doorbells.peer(file.index, signal, file.descriptor.as_ref());
+        let peer = peer.ok_or_else(|| self.no_queue(file.index))?;
+        self.all_known().await?;
         // Before the request: the back-end may signal as soon as it has it.
-        if let Err(error) = doorbells.set_target(file.index, signal, file.descriptor.clone()) {
+        if let Err(error) = self.appliance.doorbells.set_target(file.index, signal, peer, file.descriptor.clone()) {
             return Ok(self.refuse("eventfd of a vring", error));
         }
         let translated = translate::vring_file(file, Handle::Peer(peer));
@@ -63,7 +77,14 @@ impl Relay<'_> {
             OutwardSignal::Call => FrontEndRequest::SetVringCall(translated),
             OutwardSignal::Error => FrontEndRequest::SetVringErr(translated),
         };
-        self.ask_acknowledgement(request).await.map(Answer::Acknowledgement)
+        let value = self.ask_acknowledgement(request).await?;
+        if value == 0
+            && signal == OutwardSignal::Call
+            && let Err(error) = self.appliance.doorbells.call_was_set(file.index, peer, file.descriptor.clone())
+        {
+            return Ok(self.refuse("eventfd of a vring", error));
+        }
+        Ok(Answer::Acknowledgement(value))
     }
 
     /// The front-end takes the vring back with the answer: every call has come by then, and every bit of the dirty log.

@@ -54,11 +54,18 @@ struct Log {
 }
 
 impl Bridge {
-    /// A bridge with [`QUEUES`] queues that listens at [`Bridge::front_end_path`].
+    /// A bridge with [`QUEUES`] queues that listens at [`Bridge::front_end_path`], and relays all signals.
     pub(crate) async fn start() -> Self {
+        Self::start_where(&["--relay"]).await
+    }
+
+    /// A bridge that does with signals what `doorbell` says.
+    pub(crate) async fn start_where(doorbell: &[&str]) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("front-end.sock");
-        let mut bridge = Self::start_with(directory, &["--socket-path".as_ref(), path.as_os_str()]);
+        let arguments: Vec<&OsStr> = doorbell.iter().map(AsRef::as_ref).collect();
+        let arguments = [&["--socket-path".as_ref(), path.as_os_str()], &*arguments].concat();
+        let mut bridge = Self::start_with(directory, &arguments);
         bridge.notified("X_VVU_LISTENING=1").await;
         bridge
     }

@@ -63,6 +63,11 @@ pub(crate) struct MachineArgs {
     #[arg(long, value_name = "PATH")]
     pub(crate) bridge: Option<PathBuf>,
 
+    /// Have the bridge relay every kick and call, in place of handing the eventfds of the driver VM's VMM over to the appliance's:
+    /// for comparison, or where one VMM is not to hold what the other one signals with
+    #[arg(long)]
+    pub(crate) relay: bool,
+
     /// Also write the logs to appliance.log, bridge.log and qemu.log in this directory
     #[arg(long, value_name = "DIR")]
     pub(crate) log_dir: Option<PathBuf>,

@@ -46,6 +46,8 @@ pub(crate) struct Machine {
     pub(crate) qemu_version: Option<Version>,
     /// The bridge.
     pub(crate) bridge: PathBuf,
+    /// Whether the bridge relays all kicks and calls.
+    pub(crate) relay: bool,
     /// Log filter of bridge and appliance.
     pub(crate) log: String,
 }
@@ -72,6 +74,7 @@ impl Machine {
             qemu,
             qemu_version: None,
             bridge,
+            relay: args.relay,
             log: args.log.clone(),
         })
     }

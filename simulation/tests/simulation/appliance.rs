@@ -10,10 +10,10 @@ use std::time::Duration;
 use tokio::task::{AbortHandle, spawn_local};
 use tokio::time::sleep;
 use vvu_agent::control::{ControlError, ControlEvent, ControlPort};
-use vvu_agent::doorbell::{Doorbell, DoorbellError};
+use vvu_agent::doorbell::{Doorbell, DoorbellError, SignalsInUse};
 use vvu_agent::session::DeviceSet;
 use vvu_agent::uuid::Uuid;
-use vvu_agent::window::Window;
+use vvu_agent::window::WindowNode;
 use vvu_protocol::control::{CONFIG_LEN, ConfigSpace, Frame, Status};
 use vvu_protocol::dax::NODE_OFFSET;
 use vvu_protocol::doorbell::{PeerId, Vector};
@@ -112,7 +112,7 @@ impl Appliance {
         };
         let node = Rc::new(MappedFile::new(len - NODE_OFFSET));
         port.window = Some(Rc::clone(&node));
-        let window = Window { file: Arc::new(node.duplicate()), len };
+        let window = WindowNode { file: Arc::new(node.duplicate()), len };
         self.world.note(format!("appliance {}: devices are up", self.number));
         let doorbells = Doorbells(Rc::clone(&vmm));
         let supervisor = self.back_end.supervisor(&vmm);
@@ -269,12 +269,15 @@ impl ControlPort for Port {
 struct Doorbells(Rc<Vmm>);
 
 impl Doorbell for Doorbells {
-    fn vector(&self, vector: Vector) -> Result<Arc<OwnedFd>, DoorbellError> {
-        let count = self.0.doorbell.vector_count();
-        self.0.doorbell.vector(vector).ok_or(DoorbellError::NoVector { vector, count })
+    fn vector(&mut self, vector: Vector) -> Result<Arc<OwnedFd>, DoorbellError> {
+        self.0.doorbell.vector(vector)
     }
 
     fn peer(&mut self, peer: PeerId) -> Result<Arc<OwnedFd>, DoorbellError> {
         Ok(self.0.doorbell.peer(peer))
+    }
+
+    fn keep_only(&mut self, in_use: &SignalsInUse) {
+        self.0.doorbell.keep_only(in_use);
     }
 }

@@ -1,28 +1,49 @@
-//! The appliance's doorbell device, as QEMU's client of an ivshmem server behaves. QEMU dies of a peer that is announced
-//! twice, and so does the schedule.
+//! The appliance's doorbell device, as QEMU's client of an ivshmem server behaves, and the guest's kernel behind it.
+//!
+//! QEMU without KVM reads the eventfd of every vector for as long as it lives; what comes while the guest has the vector
+//! switched off is kept for when it is switched on. With KVM an eventfd is only read while its vector is switched on. QEMU
+//! dies of a peer that is announced twice, and with KVM of a vector that is switched on before it was announced, and so does
+//! the schedule. A peer that is signalled before it was announced, or after it went, is signalled in vain: that is one, too.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::sync::Arc;
 
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use tokio::io::Interest;
 use tokio::sync::Notify;
+use vvu_agent::doorbell::{DoorbellError, SignalsInUse};
 use vvu_protocol::doorbell::{OWN_PEER, PeerId, VERSION, Vector};
+use vvu_socket::event::{self, Event};
 
+use super::task::OwnedTask;
 use super::world::{QUEUES, UUID, World};
+
+/// A vector of the device.
+#[derive(Debug)]
+struct Line {
+    /// What the server has announced.
+    announced: OwnedFd,
+    /// What the guest's kernel signals.
+    interrupt: Arc<OwnedFd>,
+    is_on: bool,
+    is_pending: bool,
+    /// Reads what was announced.
+    reader: Option<OwnedTask>,
+}
 
 #[derive(Debug, Default)]
 struct Known {
-    vectors: Vec<Arc<OwnedFd>>,
+    vectors: Vec<Line>,
     peers: BTreeMap<PeerId, Arc<OwnedFd>>,
     /// All peers that were ever announced.
-    ever: BTreeSet<i64>,
+    ever: BTreeSet<PeerId>,
+    in_use: SignalsInUse,
 }
 
 /// The doorbell device of appliance `number`.
@@ -30,14 +51,15 @@ struct Known {
 pub(crate) struct Doorbell {
     number: u32,
     world: Rc<World>,
+    has_kvm: bool,
     known: RefCell<Known>,
     grown: Notify,
 }
 
 impl Doorbell {
     pub(crate) fn new(number: u32, world: &Rc<World>) -> Rc<Self> {
-        let (world, known) = (Rc::clone(world), RefCell::default());
-        Rc::new(Self { number, world, known, grown: Notify::new() })
+        let has_kvm = world.random.percent(50);
+        Rc::new(Self { number, world: Rc::clone(world), has_kvm, known: RefCell::default(), grown: Notify::new() })
     }
 
     /// What the server says first. Answers whether it is there.
@@ -54,32 +76,104 @@ impl Doorbell {
 
     /// Takes what the server announces, until it closes the connection.
     pub(crate) async fn serve(self: Rc<Self>, stream: tokio::net::UnixStream) {
-        while let Ok((id, file)) = message(&stream).await {
-            let file = file.expect("no peer leaves as long as the appliance is there");
-            self.world.own_eventfd(eventfd_id(&file), self.number);
-            let mut known = self.known.borrow_mut();
-            if id == i64::from(OWN_PEER.0) {
-                known.vectors.push(Arc::new(file));
-                assert!(known.vectors.len() <= usize::from(QUEUES), "more vectors than the device has");
-            } else {
-                assert!(known.ever.insert(id), "peer {id} is announced a second time");
-                known.peers.insert(PeerId(u16::try_from(id).unwrap()), Arc::new(file));
+        while stream.readable().await.is_ok() {
+            self.world.hesitate().await;
+            let Ok((id, file)) = message(&stream).await else { return };
+            let id = PeerId(u16::try_from(id).unwrap());
+            match file {
+                Some(file) if id == OWN_PEER => self.add_vector(file),
+                Some(file) => self.add_peer(id, file),
+                None => self.remove_peer(id),
             }
             self.grown.notify_waiters();
         }
     }
 
-    pub(crate) fn vector(&self, vector: Vector) -> Option<Arc<OwnedFd>> {
-        self.known.borrow().vectors.get(usize::from(vector.0)).cloned()
+    fn add_vector(self: &Rc<Self>, announced: OwnedFd) {
+        self.world.own_eventfd(event::identity(&announced).unwrap(), self.number);
+        let mut known = self.known.borrow_mut();
+        let index = known.vectors.len();
+        assert!(index < usize::from(self.world.vectors), "more vectors than the device has");
+        let interrupt = Arc::new(event::create().unwrap());
+        let mut line = Line { announced, interrupt, is_on: false, is_pending: false, reader: None };
+        if !self.has_kvm {
+            line.read(index, Rc::downgrade(self));
+        }
+        known.vectors.push(line);
     }
 
-    pub(crate) fn vector_count(&self) -> usize {
-        self.known.borrow().vectors.len()
+    fn add_peer(&self, id: PeerId, file: OwnedFd) {
+        self.world.own_eventfd(event::identity(&file).unwrap(), self.number);
+        let mut known = self.known.borrow_mut();
+        assert!(known.ever.insert(id), "peer {} is announced a second time", id.0);
+        known.peers.insert(id, Arc::new(file));
+    }
+
+    fn remove_peer(&self, id: PeerId) {
+        let mut known = self.known.borrow_mut();
+        assert!(!known.in_use.peers.contains(&id), "peer {} goes, and is in use", id.0);
+        let file = known.peers.remove(&id).unwrap_or_else(|| panic!("peer {} goes that is not there", id.0));
+        self.world.disown_eventfd(event::identity(&file).unwrap(), self.number);
+    }
+
+    /// Something was signalled at a vector.
+    fn interrupt(&self, index: usize) {
+        let mut known = self.known.borrow_mut();
+        let line = &mut known.vectors[index];
+        if line.is_on {
+            event::signal(&line.interrupt).unwrap();
+        } else {
+            line.is_pending = true;
+        }
+    }
+
+    /// The guest's kernel switches a vector on, if need be.
+    pub(crate) fn vector(self: &Rc<Self>, vector: Vector) -> Result<Arc<OwnedFd>, DoorbellError> {
+        let (index, count) = (usize::from(vector.0), usize::from(self.world.vectors));
+        if index >= count {
+            return Err(DoorbellError::NoVector { vector, count });
+        }
+        let mut known = self.known.borrow_mut();
+        known.in_use.vectors.insert(vector);
+        let line = known.vectors.get_mut(index);
+        let line = line.unwrap_or_else(|| panic!("vector {index} is switched on and was not announced"));
+        line.is_on = true;
+        if std::mem::take(&mut line.is_pending) {
+            event::signal(&line.interrupt).unwrap();
+        }
+        if line.reader.is_none() {
+            line.read(index, Rc::downgrade(self));
+        }
+        Ok(Arc::clone(&line.interrupt))
     }
 
     pub(crate) fn peer(&self, peer: PeerId) -> Arc<OwnedFd> {
-        let peers = &self.known.borrow().peers;
-        Arc::clone(peers.get(&peer).unwrap_or_else(|| panic!("peer {} is named and was not announced", peer.0)))
+        let mut known = self.known.borrow_mut();
+        known.in_use.peers.insert(peer);
+        let file = known.peers.get(&peer);
+        Arc::clone(file.unwrap_or_else(|| panic!("peer {} is named and was not announced", peer.0)))
+    }
+
+    /// The guest gives all others up.
+    pub(crate) fn keep_only(&self, in_use: &SignalsInUse) {
+        let mut known = self.known.borrow_mut();
+        for (index, line) in (0..).zip(&mut known.vectors) {
+            if !in_use.vectors.contains(&Vector(index)) {
+                line.switch_off(self.has_kvm);
+            }
+        }
+        known.in_use.clone_from(in_use);
+    }
+
+    /// The machine is reset.
+    pub(crate) fn reset(&self) {
+        self.keep_only(&SignalsInUse::default());
+        self.known.borrow_mut().vectors.iter_mut().for_each(|line| line.is_pending = false);
+    }
+
+    /// The process is gone, and reads no more.
+    pub(crate) fn kill(&self) {
+        self.known.borrow_mut().vectors.iter_mut().for_each(|line| line.reader = None);
     }
 
     /// Waits until all that belongs to a device was announced, as a guest finds it that boots.
@@ -90,17 +184,30 @@ impl Doorbell {
     }
 }
 
+impl Line {
+    fn read(&mut self, index: usize, doorbell: Weak<Doorbell>) {
+        let event = Event::new(self.announced.try_clone().unwrap()).unwrap();
+        self.reader = Some(OwnedTask::spawn(async move {
+            loop {
+                event.signalled().await.unwrap();
+                let Some(doorbell) = doorbell.upgrade() else { return };
+                doorbell.interrupt(index);
+            }
+        }));
+    }
+
+    fn switch_off(&mut self, has_kvm: bool) {
+        self.is_on = false;
+        if has_kvm {
+            self.reader = None;
+        }
+    }
+}
+
 impl Drop for Doorbell {
     fn drop(&mut self) {
         self.world.forget_eventfds(self.number);
     }
-}
-
-/// The kernel's number of an eventfd, which no other one has as long as it is open.
-fn eventfd_id(file: &OwnedFd) -> u64 {
-    let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_raw_fd())).unwrap();
-    let id = text.lines().find_map(|line| line.strip_prefix("eventfd-id:"));
-    id.expect("an eventfd").trim().parse().unwrap()
 }
 
 pub(crate) fn connect(path: &std::path::Path) -> io::Result<tokio::net::UnixStream> {

@@ -2,7 +2,6 @@
 
 use std::cell::RefCell;
 use std::os::fd::OwnedFd;
-use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -155,22 +154,28 @@ pub(crate) fn play(seed: u64, actions: u64, script: &[Action]) -> Played {
     played
 }
 
-fn options(directory: &Path) -> vvu_bridge::cli::Options {
+fn options(world: &World) -> vvu_bridge::cli::Options {
+    let directory = &world.directory;
     let uuid = UUID.map(|byte| format!("{byte:02x}")).concat();
     let path = |name: &str| directory.join(name).to_str().unwrap().to_owned();
-    vvu_bridge::cli::Options::parse_from([
+    let mut arguments = vec![
         "vvu-bridge".to_owned(),
         format!("--socket-path={}", path("front-end.sock")),
         format!("--appliance-dir={}", path("")),
         format!("--uuid={uuid}"),
         format!("--queues={QUEUES}"),
+        format!("--vectors={}", world.vectors),
         format!("--window={WINDOW_MEMORY}"),
-    ])
+    ];
+    if world.random.percent(15) {
+        arguments.push("--relay".to_owned());
+    }
+    vvu_bridge::cli::Options::parse_from(arguments)
 }
 
 impl Player {
     fn new(world: Rc<World>) -> Self {
-        let bridge = spawn_local(vvu_bridge::bridge::serve(options(&world.directory)));
+        let bridge = spawn_local(vvu_bridge::bridge::serve(options(&world)));
         Self {
             world,
             connecting: Rc::default(),

@@ -169,6 +169,7 @@ impl Vmm {
     /// The process is gone, and all of its sockets.
     pub(crate) fn kill(&self) {
         self.tasks.borrow_mut().drain(..).for_each(|task| task.abort());
+        self.doorbell.kill();
         self.mappings.borrow_mut().clear();
     }
 
@@ -213,6 +214,7 @@ impl Vmm {
     pub(crate) async fn reset(&self) -> Result<(), Gone> {
         let _held = self.big_lock.lock().await;
         self.resetting.set(true);
+        self.doorbell.reset();
         for device in [&self.window, &self.control] {
             if device.running.replace(false) {
                 device.stop().await?;

@@ -1,7 +1,8 @@
 //! What all parts of a schedule share: chance, the memory files that there are, and how often something was done to anybody.
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::rc::{Rc, Weak};
 use std::time::Duration;
@@ -11,6 +12,7 @@ use tokio::task::yield_now;
 use tokio::time::{Instant, sleep, timeout};
 use vvu_protocol::window::FileId;
 use vvu_simulation::random::Random;
+use vvu_socket::event::{self, Identity};
 
 use super::appliance::Appliance;
 use super::back_end::Kind;
@@ -51,8 +53,12 @@ pub(crate) struct World {
     files: RefCell<BTreeMap<FileId, Weak<MappedFile>>>,
     disturbances: Cell<u64>,
     disturbed: Cell<Instant>,
-    /// Identity of each eventfd that an appliance was given, and which appliance that is.
-    eventfds: RefCell<BTreeMap<u64, u32>>,
+    /// Number of vectors of the doorbell device.
+    pub(crate) vectors: u16,
+    /// Eventfds that an appliance was given, and which appliance that is.
+    eventfds: RefCell<BTreeSet<(Identity, u32)>>,
+    /// Eventfds that a front-end has made.
+    front_end_eventfds: RefCell<BTreeSet<Identity>>,
     /// How often each request was executed by a back-end.
     executions: RefCell<BTreeMap<u64, u32>>,
     /// How often requests that had been taken from a ring were left to somebody else.
@@ -78,6 +84,7 @@ impl World {
                 asks: random.percent(50),
                 service_time: *random.one_of(&SERVICE_TIMES).unwrap(),
             },
+            vectors: QUEUES + random.one_of(&[0, 1, 3, 10, 100]).unwrap(),
             random,
             directory,
             appliances: RefCell::default(),
@@ -89,6 +96,7 @@ impl World {
             disturbances: Cell::new(0),
             disturbed: Cell::new(Instant::now()),
             eventfds: RefCell::default(),
+            front_end_eventfds: RefCell::default(),
             executions: RefCell::default(),
             losses: Cell::new(0),
             config: Cell::new(0),
@@ -161,15 +169,29 @@ impl World {
         self.files.borrow().get(&id)?.upgrade()
     }
 
+    /// A front-end makes an eventfd. Any appliance may be given it.
+    pub(crate) fn front_end_eventfd(&self) -> OwnedFd {
+        let eventfd = event::create().unwrap();
+        self.front_end_eventfds.borrow_mut().insert(event::identity(&eventfd).unwrap());
+        eventfd
+    }
+
     /// An appliance is given an eventfd.
-    pub(crate) fn own_eventfd(&self, id: u64, appliance: u32) {
-        let before = self.eventfds.borrow_mut().insert(id, appliance);
-        assert_eq!(before, None, "appliance {appliance} was given an eventfd that another one has, or it has twice");
+    pub(crate) fn own_eventfd(&self, id: Identity, appliance: u32) {
+        let mut given = self.eventfds.borrow_mut();
+        let is_taken = given.iter().any(|(known, _)| *known == id) && !self.front_end_eventfds.borrow().contains(&id);
+        assert!(!is_taken, "appliance {appliance} was given an eventfd that another one has");
+        assert!(given.insert((id, appliance)), "appliance {appliance} was given an eventfd that it has");
+    }
+
+    /// An eventfd was taken from an appliance.
+    pub(crate) fn disown_eventfd(&self, id: Identity, appliance: u32) {
+        self.eventfds.borrow_mut().remove(&(id, appliance));
     }
 
     /// An appliance is gone, with all its eventfds.
     pub(crate) fn forget_eventfds(&self, appliance: u32) {
-        self.eventfds.borrow_mut().retain(|_, owner| *owner != appliance);
+        self.eventfds.borrow_mut().retain(|(_, owner)| *owner != appliance);
     }
 
     /// A number for the next request of a driver.

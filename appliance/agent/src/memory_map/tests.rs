@@ -1,6 +1,5 @@
 use proptest::prelude::*;
 use vvu_protocol::address::{FileOffset, GuestAddress};
-use vvu_protocol::dax::NODE_OFFSET;
 use vvu_protocol::window::{ALIGNMENT, MEMORY_OFFSET};
 
 use super::*;
@@ -10,9 +9,9 @@ const USER: u64 = 0x7f12_3456_7000;
 const START: u64 = MEMORY_OFFSET.0;
 
 /// A back-end with a table only, one with slots, and one with slots whose vrings run.
-const TABLE: Situation = Situation { slots: None, running: false };
-const SLOTS: Situation = Situation { slots: Some(509), running: false };
-const RUNNING: Situation = Situation { slots: Some(509), running: true };
+const TABLE: Situation<'_> = Situation { slots: None, running: false, seams: &[] };
+const SLOTS: Situation<'_> = Situation { slots: Some(509), running: false, seams: &[] };
+const RUNNING: Situation<'_> = Situation { slots: Some(509), running: true, seams: &[] };
 
 const fn region(guest: u64, size: u64, user: u64, offset: u64) -> MemoryRegion {
     MemoryRegion {
@@ -53,15 +52,15 @@ impl MemoryMap {
         Ok(steps)
     }
 
-    fn replace(&mut self, table: &[MemoryRegion], situation: Situation) -> Result<Vec<Step>, RegionError> {
+    fn replace(&mut self, table: &[MemoryRegion], situation: Situation<'_>) -> Result<Vec<Step>, RegionError> {
         self.apply(self.replaced(table, situation))
     }
 
-    fn add(&mut self, region: MemoryRegion, situation: Situation) -> Result<Vec<Step>, RegionError> {
+    fn add(&mut self, region: MemoryRegion, situation: Situation<'_>) -> Result<Vec<Step>, RegionError> {
         self.apply(self.added(region, situation))
     }
 
-    fn remove(&mut self, region: &MemoryRegion, situation: Situation) -> Result<Vec<Step>, RegionError> {
+    fn remove(&mut self, region: &MemoryRegion, situation: Situation<'_>) -> Result<Vec<Step>, RegionError> {
         self.apply(self.removed(region, situation))
     }
 
@@ -74,7 +73,7 @@ impl MemoryMap {
 fn units(step: &Step) -> Vec<(u64, u64)> {
     let of = |extent: &Extent| {
         let region = extent.region();
-        let start = (region.mmap_offset.0 + NODE_OFFSET - START) / ALIGNMENT;
+        let start = (region.mmap_offset.0 - START) / ALIGNMENT;
         (start, start + region.size / ALIGNMENT)
     };
     match step {
@@ -91,8 +90,8 @@ fn the_holes_of_a_pc() {
         region(0xc_0000, 0x8000_0000 - 0xc_0000, USER + 0xc_0000, START + 0xc_0000),
     ];
     let expected = [
-        region(0, 0x8000_0000, USER, START - NODE_OFFSET),
-        region(0x1_0000_0000, 0x8000_0000, USER + 0x8000_0000, START + 0x8000_0000 - NODE_OFFSET),
+        region(0, 0x8000_0000, USER, START),
+        region(0x1_0000_0000, 0x8000_0000, USER + 0x8000_0000, START + 0x8000_0000),
     ];
     assert_eq!(mappable(&table, WINDOW_LEN).unwrap(), expected);
 }
@@ -154,7 +153,7 @@ fn firmware_that_moves_the_edge_of_a_region_disturbs_nothing() {
         assert_eq!(memory.remove(&of_file(0xc_0000, (64 << 20) - 0xc_0000), situation).unwrap(), []);
         assert_eq!(memory.add(of_file(0xc_0000, 0x4_0000), situation).unwrap(), []);
         assert_eq!(memory.add(of_file(0x10_0000, (64 << 20) - 0x10_0000), situation).unwrap(), []);
-        assert_eq!(memory.of_back_end(), [region(0, 64 << 20, USER, START - NODE_OFFSET)]);
+        assert_eq!(memory.of_back_end(), [region(0, 64 << 20, USER, START)]);
         // With its last region, the memory goes.
         memory.remove(&of_file(0, 0xa_0000), situation).unwrap();
         memory.remove(&of_file(0xc_0000, 0x4_0000), situation).unwrap();
@@ -198,7 +197,7 @@ fn a_running_device_keeps_what_it_has() {
     assert!(matches!(removed.as_slice(), [Step::Remove(_)]), "{removed:?}");
     assert_eq!(units(&removed[0]), [(6, 9)]);
     // Without slots, one step does it all.
-    let table = memory.remove(&alone(0), Situation { slots: None, running: true }).unwrap();
+    let table = memory.remove(&alone(0), Situation { slots: None, running: true, seams: &[] }).unwrap();
     assert!(matches!(table.as_slice(), [Step::Table(_)]), "{table:?}");
 }
 
@@ -219,7 +218,7 @@ fn more_than_eight_pieces_need_slots() {
     memory.replace(&all[..8], TABLE).unwrap();
     let refused = memory.add(alone(8), TABLE).unwrap_err();
     assert_eq!(refused, RegionError::TooMany { found: 9, slots: 0 });
-    let few = memory.add(alone(8), Situation { slots: Some(8), running: false }).unwrap_err();
+    let few = memory.add(alone(8), Situation { slots: Some(8), running: false, seams: &[] }).unwrap_err();
     assert_eq!(few, RegionError::TooMany { found: 9, slots: 8 });
     // What was refused has changed nothing.
     let steps = memory.add(alone(8), SLOTS).unwrap();
@@ -296,7 +295,7 @@ fn holders(given: &[MemoryRegion], asked: &MemoryRegion) -> usize {
         at < given.size
             && at + asked.size <= given.size
             && given.user_address.0 + at == asked.user_address.0
-            && given.mmap_offset.0 + NODE_OFFSET + at == asked.mmap_offset.0
+            && given.mmap_offset.0 + at == asked.mmap_offset.0
     });
     whole.count()
 }
@@ -305,8 +304,8 @@ fn check_mappable(regions: &[MemoryRegion], limit: usize) {
     check_table(regions, limit).unwrap();
     for region in regions {
         assert!(region.mmap_offset.0.is_multiple_of(ALIGNMENT) && region.size.is_multiple_of(ALIGNMENT));
-        assert!(region.mmap_offset.0 + NODE_OFFSET >= MEMORY_OFFSET.0);
-        assert!(region.file_end() + NODE_OFFSET <= WINDOW_LEN);
+        assert!(region.mmap_offset.0 >= MEMORY_OFFSET.0);
+        assert!(region.file_end() <= WINDOW_LEN);
     }
 }
 
@@ -346,7 +345,7 @@ proptest! {
             region((unit + index) * ALIGNMENT, ALIGNMENT, USER + unit * 3 * ALIGNMENT, START + unit * ALIGNMENT)
         }).collect::<Vec<_>>();
         let expected = table.iter().map(|region| {
-            MemoryRegion { mmap_offset: FileOffset(region.mmap_offset.0 - NODE_OFFSET), ..*region }
+            MemoryRegion { mmap_offset: FileOffset(region.mmap_offset.0), ..*region }
         }).collect::<Vec<_>>();
         let middle = usize::try_from(shuffle % table.len() as u64).unwrap();
         table.rotate_left(middle);
@@ -361,7 +360,7 @@ proptest! {
         let mut memory = MemoryMap::new(window_len);
         for [guest, size, user, offset] in fields {
             let region = region(guest & mask, (size >> 20) & mask, user & mask, (offset >> 20) & mask);
-            let situation = Situation { slots: Some(509), running };
+            let situation = Situation { slots: Some(509), running, seams: &[] };
             let _ = memory.add(region, situation);
             let _ = memory.remove(&region, situation);
             let _ = memory.replace(&[region], situation);
@@ -387,7 +386,7 @@ proptest! {
         let mut memory = MemoryMap::new(WINDOW_LEN);
         let mut present: Vec<MemoryRegion> = Vec::new();
         for (index, running) in changes {
-            let situation = Situation { slots: slots.then_some(509), running };
+            let situation = Situation { slots: slots.then_some(509), running, seams: &[] };
             let region = catalogue[index];
             let before = memory.of_back_end();
             let done = match present.iter().position(|other| *other == region) {
@@ -414,7 +413,7 @@ proptest! {
                 prop_assert!(slots && steps.iter().all(|step| !matches!(step, Step::Table(_))));
             }
         }
-        memory.replace(&[], Situation { slots: slots.then_some(509), running: false }).unwrap();
+        memory.replace(&[], Situation { slots: slots.then_some(509), running: false, seams: &[] }).unwrap();
         prop_assert_eq!(memory.of_back_end(), []);
     }
 }

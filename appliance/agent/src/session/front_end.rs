@@ -16,6 +16,7 @@ use super::device_state::Transfers;
 use super::end::End;
 use super::refusal::{Refusal, RefusalLog};
 use super::router::{Incoming, Mailbox};
+use super::signals::{SignalChange, Signals};
 use super::vrings::{Fact, Position, Vrings};
 use crate::back_end::{BackEndLink, LinkError};
 use crate::doorbell::Doorbell;
@@ -81,31 +82,33 @@ impl From<RegionError> for Failure {
 
 /// Serves channel 0.
 #[derive(Debug)]
-pub(super) struct FrontEndTask<'a, D> {
+pub(super) struct FrontEndTask<'a, D, W> {
     uuid: Uuid,
     bridge: Mailbox,
     link: BackEndLink,
     doorbell: &'a mut D,
-    window: &'a Window,
+    window: &'a W,
     back_channels: Rc<BackChannels>,
     transfers: Rc<Transfers>,
     memory: MemoryMap,
     vrings: Vrings,
+    signals: Signals,
     refusals: RefusalLog,
 }
 
-impl<'a, D: Doorbell> FrontEndTask<'a, D> {
+impl<'a, D: Doorbell, W: Window> FrontEndTask<'a, D, W> {
     pub(super) fn new(
         uuid: Uuid,
         bridge: Mailbox,
         link: BackEndLink,
         doorbell: &'a mut D,
-        window: &'a Window,
+        window: &'a W,
         back_channels: Rc<BackChannels>,
         transfers: Rc<Transfers>,
     ) -> Self {
-        let (memory, vrings, refusals) = (MemoryMap::new(window.len), Vrings::new(), RefusalLog::new(uuid));
-        Self { uuid, bridge, link, doorbell, window, back_channels, transfers, memory, vrings, refusals }
+        let (memory, vrings, refusals) = (MemoryMap::new(window.window_len()), Vrings::new(), RefusalLog::new(uuid));
+        let signals = Signals::default();
+        Self { uuid, bridge, link, doorbell, window, back_channels, transfers, memory, vrings, signals, refusals }
     }
 
     pub(super) async fn run(mut self) -> End {
@@ -160,7 +163,7 @@ impl<'a, D: Doorbell> FrontEndTask<'a, D> {
 
     /// A request that the back-end gets as it is, but for its descriptors.
     async fn pass_on(&mut self, request: FrontEndRequest<Handle>) -> Result<Reply, Failure> {
-        let fact = Fact::of(&request);
+        let (fact, change) = (Fact::of(&request), SignalChange::of(&request));
         let Translation { request, ours } = translate(request, self.window, self.doorbell)?;
         let state = match ours {
             None => None,
@@ -174,6 +177,13 @@ impl<'a, D: Doorbell> FrontEndTask<'a, D> {
         let reply = self.ask(request).await?;
         if let Some(fact) = fact.filter(|_| !is_refusal(&reply)) {
             self.vrings.note(fact);
+        }
+        if let Some(change) = change {
+            if !is_refusal(&reply) {
+                self.signals.note(change);
+            }
+            // What was replaced, or what the back-end has refused, is used by nobody.
+            self.doorbell.keep_only(&self.signals.in_use());
         }
         match (state, reply) {
             (Some((direction, pipe)), FrontEndReply::DeviceState(value, theirs)) => {
@@ -205,13 +215,15 @@ impl<'a, D: Doorbell> FrontEndTask<'a, D> {
     /// Brings a change of memory about, step by step.
     async fn change_memory(
         &mut self,
-        plan: impl FnOnce(&MemoryMap, Situation) -> Result<Change, RegionError>,
+        plan: impl FnOnce(&MemoryMap, Situation<'_>) -> Result<Change, RegionError>,
     ) -> Result<Reply, Failure> {
         let slots = timeout(REQUEST_TIMEOUT, self.link.memory_slots()).await;
         let slots = slots.map_err(|_| End::NoAnswer { request: "GET_MAX_MEM_SLOTS" })??;
-        let change = plan(&self.memory, Situation { slots, running: self.vrings.are_running() })?;
+        let seams = self.window.seams();
+        let situation = Situation { slots, running: self.vrings.are_running(), seams: &seams };
+        let change = plan(&self.memory, situation)?;
         for step in &change.steps {
-            let reply = self.ask(memory_request(step, self.window)).await?;
+            let reply = self.ask(memory_request(step, self.window)?).await?;
             if is_refusal(&reply) {
                 return Ok(reply);
             }

@@ -13,13 +13,11 @@ use rustix::io::Errno;
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
 use vfio_bindings::bindings::vfio::{
     VFIO_DEVICE_IOEVENTFD_32, VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE, VFIO_GROUP_FLAGS_VIABLE,
-    VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_PCI_MSIX_IRQ_INDEX, VFIO_TYPE1v2_IOMMU,
-    vfio_device_ioeventfd, vfio_group_status, vfio_iommu_type1_dma_map, vfio_irq_info, vfio_region_info,
+    VFIO_IRQ_INFO_NORESIZE, VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_PCI_MSIX_IRQ_INDEX,
+    VFIO_TYPE1v2_IOMMU, vfio_device_ioeventfd, vfio_group_status, vfio_iommu_type1_dma_map, vfio_irq_info,
+    vfio_region_info,
 };
 use vm_memory::MmapRegion;
-
-/// Most eventfds of one [`set_msix_eventfds`]: as many as a device can have queues, with room for more.
-pub(super) const MAX_MSIX_VECTORS: usize = 256;
 
 const SET_IOMMU: Opcode = vfio_opcode(2);
 const GROUP_GET_STATUS: Opcode = vfio_opcode(3);
@@ -30,6 +28,9 @@ const DEVICE_GET_IRQ_INFO: Opcode = vfio_opcode(9);
 const DEVICE_SET_IRQS: Opcode = vfio_opcode(10);
 const IOMMU_MAP_DMA: Opcode = vfio_opcode(13);
 const DEVICE_IOEVENTFD: Opcode = vfio_opcode(16);
+
+/// What stands for "none, from now on" in the place of an eventfd.
+const NO_EVENTFD: c_int = -1;
 
 const fn vfio_opcode(number: u8) -> Opcode {
     opcode::none(b';', 100 + number)
@@ -118,42 +119,51 @@ pub(super) fn region_info(device: BorrowedFd<'_>, index: u32) -> rustix::io::Res
     Ok((info.offset, info.size))
 }
 
-/// Number of MSI-X vectors that the device has.
-pub(super) fn msix_count(device: BorrowedFd<'_>) -> rustix::io::Result<u32> {
+/// MSI-X vectors of a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct MsixInfo {
+    /// How many the device has.
+    pub(super) count: u32,
+    /// Whether the kernel can add vectors to those that MSI-X was switched on with.
+    pub(super) can_grow: bool,
+}
+
+/// What the device has of MSI-X vectors.
+pub(super) fn msix_info(device: BorrowedFd<'_>) -> rustix::io::Result<MsixInfo> {
     let index = VFIO_PCI_MSIX_IRQ_INDEX;
     let mut info = vfio_irq_info { argsz: argsz::<vfio_irq_info>(), index, ..Default::default() };
     // SAFETY: VFIO_DEVICE_GET_IRQ_INFO takes this structure.
     unsafe { call(device, DEVICE_GET_IRQ_INFO, &mut info) }?;
-    Ok(info.count)
+    Ok(MsixInfo { count: info.count, can_grow: info.flags & VFIO_IRQ_INFO_NORESIZE == 0 })
 }
 
-/// `struct vfio_irq_set` followed by its data: eventfds.
+/// `struct vfio_irq_set` followed by its data: one eventfd.
 #[repr(C)]
-struct IrqEventfds {
+struct IrqEventfd {
     argsz: u32,
     flags: u32,
     index: u32,
     start: u32,
     count: u32,
-    eventfds: [c_int; MAX_MSIX_VECTORS],
+    eventfd: c_int,
 }
 
-const IRQ_SET_HEADER_LEN: u32 = 20;
-
-/// Switches MSI-X on: vector `n` signals `eventfds[n]` from now on. The kernel holds the eventfds by itself.
-pub(super) fn set_msix_eventfds(device: BorrowedFd<'_>, eventfds: &[BorrowedFd<'_>]) -> rustix::io::Result<()> {
-    let count = u32::try_from(eventfds.len()).ok().filter(|_| eventfds.len() <= MAX_MSIX_VECTORS);
-    let count = count.ok_or(Errno::INVAL)?;
-    let mut set = IrqEventfds {
-        argsz: IRQ_SET_HEADER_LEN + count * 4,
+/// An MSI-X vector signals this eventfd from now on, or none. The kernel holds the eventfd by itself. The first call switches
+/// MSI-X on, for all vectors up to this one.
+pub(super) fn set_msix_eventfd(
+    device: BorrowedFd<'_>,
+    vector: u32,
+    eventfd: Option<BorrowedFd<'_>>,
+) -> rustix::io::Result<()> {
+    let mut set = IrqEventfd {
+        argsz: argsz::<IrqEventfd>(),
         flags: VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER,
         index: VFIO_PCI_MSIX_IRQ_INDEX,
-        start: 0,
-        count,
-        eventfds: [-1; MAX_MSIX_VECTORS],
+        start: vector,
+        count: 1,
+        eventfd: eventfd.map_or(NO_EVENTFD, |eventfd| eventfd.as_raw_fd()),
     };
-    set.eventfds.iter_mut().zip(eventfds).for_each(|(to, from)| *to = from.as_raw_fd());
-    // SAFETY: VFIO_DEVICE_SET_IRQS reads `argsz` bytes: the header and `count` ints, which are within the structure.
+    // SAFETY: VFIO_DEVICE_SET_IRQS reads `argsz` bytes: the header and `count` ints, which are the structure.
     unsafe { call(device, DEVICE_SET_IRQS, &mut set) }.map(drop)
 }
 
@@ -175,20 +185,20 @@ pub(super) fn map_dma(container: BorrowedFd<'_>, iova: u64, memory: &MmapRegion)
     unsafe { call(container, IOMMU_MAP_DMA, &mut map) }.map(drop)
 }
 
-/// From now on each signal of `eventfd` makes the kernel write the 32-bit `data` at `offset` of the device's file. The kernel
-/// holds the eventfd by itself.
+/// From now on each signal of `eventfd` makes the kernel write the 32-bit `data` at `offset` of the device's file; without one,
+/// what was set for the same write before does so no longer. The kernel holds the eventfd by itself.
 pub(super) fn write_on_event(
     device: BorrowedFd<'_>,
     offset: u64,
     data: u32,
-    eventfd: BorrowedFd<'_>,
+    eventfd: Option<BorrowedFd<'_>>,
 ) -> rustix::io::Result<()> {
     let mut link = vfio_device_ioeventfd {
         argsz: argsz::<vfio_device_ioeventfd>(),
         flags: VFIO_DEVICE_IOEVENTFD_32,
         offset,
         data: u64::from(data),
-        fd: eventfd.as_raw_fd(),
+        fd: eventfd.map_or(NO_EVENTFD, |eventfd| eventfd.as_raw_fd()),
         reserved: 0,
     };
     // SAFETY: VFIO_DEVICE_IOEVENTFD takes this structure.

@@ -9,7 +9,7 @@ mod ioctl;
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::rc::Rc;
@@ -125,21 +125,29 @@ impl VfioDevice {
         Ok(Region { device: Rc::clone(&self.device), index, start, size })
     }
 
-    /// Number of MSI-X vectors of the device, as far as they can be used.
+    /// Switches MSI-X on with no vector in use, and answers how many there are.
+    ///
+    /// A kernel that can add vectors later (Linux 6.5, for devices of the usual interrupt domains) sets one aside for now;
+    /// any other one needs to set all aside at once.
     ///
     /// # Errors
     /// [`VfioError::Refused`].
-    pub fn vector_count(&self) -> Result<usize, VfioError> {
-        let count = ioctl::msix_count(self.device.as_fd()).map_err(refused("the number of interrupts"))?;
-        Ok(usize::try_from(count).unwrap_or(usize::MAX).min(ioctl::MAX_MSIX_VECTORS))
+    pub fn enable_msix(&self) -> Result<usize, VfioError> {
+        let info = ioctl::msix_info(self.device.as_fd()).map_err(refused("the number of interrupts"))?;
+        let last = if info.can_grow { Some(0) } else { info.count.checked_sub(1) };
+        if let Some(last) = last.filter(|last| *last < info.count) {
+            ioctl::set_msix_eventfd(self.device.as_fd(), last, None).map_err(refused("interrupts"))?;
+        }
+        Ok(usize::try_from(info.count).unwrap_or(usize::MAX))
     }
 
-    /// Switches MSI-X on: vector `n` signals `eventfds[n]`.
+    /// From now on an interrupt signals this eventfd, or is masked. MSI-X must be on.
     ///
     /// # Errors
     /// [`VfioError::Refused`].
-    pub fn enable_vectors(&self, eventfds: &[BorrowedFd<'_>]) -> Result<(), VfioError> {
-        ioctl::set_msix_eventfds(self.device.as_fd(), eventfds).map_err(refused("eventfds for interrupts"))
+    pub fn set_vector(&self, vector: u16, eventfd: Option<BorrowedFd<'_>>) -> Result<(), VfioError> {
+        let set = ioctl::set_msix_eventfd(self.device.as_fd(), u32::from(vector), eventfd);
+        set.map_err(refused("an eventfd for an interrupt"))
     }
 
     /// Keeps all pages of `memory` where they are as long as the device is open. To be called once.
@@ -154,10 +162,26 @@ impl VfioDevice {
     ///
     /// # Errors
     /// [`VfioError::Refused`]; the kernel allows 1,000 of these for each device.
-    pub fn write_on_event(&self, region: &Region, offset: u64, data: u32, eventfd: &OwnedFd) -> Result<(), VfioError> {
+    pub fn write_on_event(
+        &self,
+        region: &Region,
+        offset: u64,
+        data: u32,
+        eventfd: BorrowedFd<'_>,
+    ) -> Result<(), VfioError> {
         let place = region.place(offset, 4)?;
-        ioctl::write_on_event(self.device.as_fd(), place, data, eventfd.as_fd())
+        ioctl::write_on_event(self.device.as_fd(), place, data, Some(eventfd))
             .map_err(refused("an eventfd for a register"))
+    }
+
+    /// Undoes [`VfioDevice::write_on_event`]. What was signalled before is written before this returns.
+    ///
+    /// # Errors
+    /// [`VfioError::Refused`].
+    pub fn write_no_longer(&self, region: &Region, offset: u64, data: u32) -> Result<(), VfioError> {
+        let place = region.place(offset, 4)?;
+        ioctl::write_on_event(self.device.as_fd(), place, data, None)
+            .map_err(refused("to take the eventfd of a register back"))
     }
 }
 

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use tokio::sync::Notify;
 use vvu_agent::control::{ControlError, ControlEvent, ControlPort};
-use vvu_agent::doorbell::{Doorbell, DoorbellError};
+use vvu_agent::doorbell::{Doorbell, DoorbellError, SignalsInUse};
 use vvu_protocol::control::{Channel, ConfigSpace, Frame, Handle, Status};
 use vvu_protocol::doorbell::{PeerId, Vector};
 use vvu_protocol::message::{BackEndReply, BackEndRequest, FrontEndReply, FrontEndRequest, RawMessage};
@@ -205,23 +205,41 @@ impl ControlPort for Port {
 pub(crate) struct Eventfds {
     vectors: Vec<Arc<OwnedFd>>,
     peers: Rc<RefCell<BTreeMap<PeerId, Arc<OwnedFd>>>>,
+    /// What the session has looked up and not given up.
+    in_use: Rc<RefCell<SignalsInUse>>,
 }
 
 impl Eventfds {
     pub(crate) fn new() -> Self {
         let vectors = (0..VECTORS).map(|_| Arc::new(event::create().unwrap())).collect();
-        Self { vectors, peers: Rc::default() }
+        Self { vectors, peers: Rc::default(), in_use: Rc::default() }
+    }
+
+    /// Numbers of the vectors and peers that the session uses.
+    pub(crate) fn in_use(&self) -> (Vec<u16>, Vec<u16>) {
+        let in_use = self.in_use.borrow();
+        let vectors = in_use.vectors.iter().map(|vector| vector.0).collect();
+        (vectors, in_use.peers.iter().map(|peer| peer.0).collect())
     }
 }
 
 impl Doorbell for Eventfds {
-    fn vector(&self, vector: Vector) -> Result<Arc<OwnedFd>, DoorbellError> {
+    fn vector(&mut self, vector: Vector) -> Result<Arc<OwnedFd>, DoorbellError> {
         let found = self.vectors.get(usize::from(vector.0)).cloned();
-        found.ok_or(DoorbellError::NoVector { vector, count: self.vectors.len() })
+        let found = found.ok_or(DoorbellError::NoVector { vector, count: self.vectors.len() })?;
+        self.in_use.borrow_mut().vectors.insert(vector);
+        Ok(found)
     }
 
     fn peer(&mut self, peer: PeerId) -> Result<Arc<OwnedFd>, DoorbellError> {
+        self.in_use.borrow_mut().peers.insert(peer);
         let mut peers = self.peers.borrow_mut();
         Ok(Arc::clone(peers.entry(peer).or_insert_with(|| Arc::new(event::create().unwrap()))))
+    }
+
+    fn keep_only(&mut self, in_use: &SignalsInUse) {
+        let mut before = self.in_use.borrow_mut();
+        assert!(in_use.vectors.is_subset(&before.vectors) && in_use.peers.is_subset(&before.peers));
+        before.clone_from(in_use);
     }
 }

@@ -177,7 +177,7 @@ impl<'a> Driver<'a> {
     }
 
     fn kick(&self) {
-        event::signal(self.stage.eventfds.vector(Vector(1)).unwrap()).unwrap();
+        event::signal(self.stage.eventfds.clone().vector(Vector(1)).unwrap()).unwrap();
     }
 
     /// Waits until all that was made available is done.

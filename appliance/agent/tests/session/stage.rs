@@ -15,7 +15,7 @@ use vvu_agent::reaper::{Reaper, Scope};
 use vvu_agent::session::{DeviceSet, DeviceSetError};
 use vvu_agent::supervisor::Supervisor;
 use vvu_agent::uuid::Uuid;
-use vvu_agent::window::Window;
+use vvu_agent::window::WindowNode;
 use vvu_protocol::address::{FileOffset, GuestAddress, UserAddress};
 use vvu_protocol::carriage::OWN_PROTOCOL_FEATURES;
 use vvu_protocol::control::Handle;
@@ -125,7 +125,7 @@ fn set_up(
     let supervisor = Supervisor::new(process.clone(), socket, &file).unwrap();
     let (bridge, port) = Bridge::new(WINDOW_LEN);
     let eventfds = Eventfds::new();
-    let window_of_set = Window { file, len: WINDOW_LEN };
+    let window_of_set = WindowNode { file, len: WINDOW_LEN };
     let set = DeviceSet::new(Uuid([7 + index; 16]), port, eventfds.clone(), window_of_set, supervisor);
     (set, Stage { bridge, eventfds, window: window.into(), directory: directory.to_owned() })
 }

@@ -35,11 +35,12 @@ async fn a_driver_is_served(stage: &Stage) {
     }
     let call = stage.called();
     for _ in 0..3 {
-        event::signal(stage.eventfds.vector(Vector(1)).unwrap()).unwrap();
+        event::signal(stage.eventfds.clone().vector(Vector(1)).unwrap()).unwrap();
         call.signalled().await.unwrap();
     }
     let stopped = stage.bridge.ask(Request::GetVringBase(state(0))).await;
     assert_eq!(stopped, FrontEndReply::VringState(state(0)));
+    assert_eq!(stage.eventfds.in_use(), (vec![], vec![2, 3]), "a vring that has stopped is not kicked");
 }
 
 #[test]
@@ -48,6 +49,9 @@ fn a_driver_is_served_by_a_back_end_that_acknowledges() {
         Box::pin(async {
             stage.bridge.connect().await;
             a_driver_is_served(stage).await;
+            stage.bridge.disconnect();
+            stage.bridge.connect().await;
+            assert_eq!(stage.eventfds.in_use(), (vec![], vec![]), "signals of a session end with it");
         })
     });
 }

@@ -29,7 +29,7 @@ pub(super) struct Interrupt {
 impl Interrupt {
     pub(super) fn new(world: &Rc<World>, machine: &Rc<Machine>, queue: usize) -> Self {
         let world = Rc::clone(world);
-        let event = Rc::new(Event::new(event::create().unwrap()).unwrap());
+        let event = Rc::new(Event::new(world.front_end_eventfd()).unwrap());
         let quiet = Rc::new(Cell::new(None));
         let (machine, waited, silent) = (Rc::clone(machine), Rc::clone(&event), Rc::clone(&quiet));
         let task = OwnedTask::spawn(async move {
@@ -58,14 +58,15 @@ impl FrontEnd {
         self.tell(R::SetVringBase(VringState { index, num: u32::from(self.bases[place]) })).await?;
         self.set_addresses(queue).await?;
         if self.world.random.percent(80) || self.kicks[place].is_none() {
-            self.kicks[place] = Some(event::create().unwrap());
+            self.kicks[place] = Some(self.world.front_end_eventfd());
         }
         self.interrupts[place].quiet.set(None);
         self.masks[place] = None;
         let call = self.interrupts[place].descriptor();
         self.set_call(queue, call).await?;
         if self.world.random.percent(20) {
-            let error = VringFile { index: u8::try_from(queue).unwrap(), descriptor: Some(event::create().unwrap()) };
+            let error =
+                VringFile { index: u8::try_from(queue).unwrap(), descriptor: Some(self.world.front_end_eventfd()) };
             self.tell(R::SetVringErr(error)).await?;
         }
         let kick = self.kicks[place].as_ref().map(|kick| kick.try_clone().unwrap());
@@ -122,7 +123,7 @@ impl FrontEnd {
     pub(super) async fn mask(&mut self, queue: u16) -> Result<(), Ended> {
         let place = usize::from(queue);
         if self.masks[place].is_none() {
-            let mask = event::create().unwrap();
+            let mask = self.world.front_end_eventfd();
             self.set_call(queue, mask.try_clone().unwrap()).await?;
             self.masks[place] = Some(mask);
             return Ok(());
