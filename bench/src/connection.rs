@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use rustix::event::{Timespec, epoll};
 use rustix::io::Errno;
-use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures};
+use vhost::vhost_user::message::{
+    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures,
+};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VringConfigData};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -33,6 +35,7 @@ pub struct Connection {
     frontend: Frontend,
     features: u64,
     acknowledges: bool,
+    tracks: bool,
 }
 
 impl Connection {
@@ -60,9 +63,10 @@ impl Connection {
         if acknowledges {
             frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         }
+        let tracks = protocol.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD);
         let features = offered & (wanted | VERSION_1 | PROTOCOL_FEATURES);
         accepted("SET_FEATURES", frontend.set_features(features))?;
-        Ok(Self { frontend, features, acknowledges })
+        Ok(Self { frontend, features, acknowledges, tracks })
     }
 
     /// Device features in force.
@@ -91,6 +95,19 @@ impl Connection {
     /// If the back-end refuses.
     pub fn announce_memory(&self, memory: &Memory) -> Result<(), Error> {
         accepted("SET_MEM_TABLE", self.frontend.set_mem_table(&[memory.announcement()])).map(drop)
+    }
+
+    /// Has the back-end note which requests are in flight, if it can, as QEMU has it: a request costs a little more then.
+    ///
+    /// # Errors
+    /// If the back-end refuses what it has offered.
+    pub fn share_inflight_buffer(&mut self, queues: u16, ring: u16) -> Result<(), Error> {
+        if !self.tracks {
+            return Ok(());
+        }
+        let wanted = VhostUserInflight::new(0, 0, queues, ring);
+        let (buffer, file) = accepted("GET_INFLIGHT_FD", self.frontend.get_inflight_fd(&wanted))?;
+        accepted("SET_INFLIGHT_FD", self.frontend.set_inflight_fd(&buffer, file.as_raw_fd()))
     }
 
     /// The first 8 bytes of the configuration space, as a number.

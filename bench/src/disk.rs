@@ -133,6 +133,7 @@ impl Load {
         let places: Vec<_> = (0..self.queues).map(|_| self.place(&mut layout)).collect();
         let memory = Memory::new(layout.len())?;
         connection.announce_memory(&memory)?;
+        connection.share_inflight_buffer(self.queues, self.entries())?;
         let signals = places.iter().map(|_| Signals::new()).collect::<Result<Vec<_>, _>>()?;
         for (index, (place, signals)) in places.iter().zip(&signals).enumerate() {
             self.write_requests(&memory, place, connection.features() & INDIRECT_DESC != 0)?;
@@ -178,10 +179,14 @@ impl Load {
         Ok(())
     }
 
+    /// Entries of a ring that holds all requests.
+    fn entries(&self) -> u16 {
+        (DESCRIPTORS * self.depth).next_power_of_two().max(LEAST_RING)
+    }
+
     fn place(&self, layout: &mut Layout) -> QueuePlace {
-        let entries = (DESCRIPTORS * self.depth).next_power_of_two().max(LEAST_RING);
         QueuePlace {
-            ring: Place::take(layout, entries),
+            ring: Place::take(layout, self.entries()),
             slots: layout.take(SLOT_LEN * usize::from(self.depth), 4096),
             data: layout.take(self.block as usize * usize::from(self.depth), 4096),
         }
