@@ -79,10 +79,10 @@ struct Descriptor {
 }
 
 impl Descriptor {
-    fn from_bytes(bytes: [u8; DESCRIPTOR_LEN as usize]) -> Self {
-        let [a0, a1, a2, a3, a4, a5, a6, a7, l0, l1, l2, l3, f0, f1, n0, n1] = bytes;
+    fn from_pair([address, rest]: [u64; 2]) -> Self {
+        let [l0, l1, l2, l3, f0, f1, n0, n1] = rest.to_ne_bytes();
         Self {
-            address: u64::from_le_bytes([a0, a1, a2, a3, a4, a5, a6, a7]),
+            address: u64::from_le(address),
             len: u32::from_le_bytes([l0, l1, l2, l3]),
             flags: u16::from_le_bytes([f0, f1]),
             next: u16::from_le_bytes([n0, n1]),
@@ -205,11 +205,8 @@ fn read(place: &Place, view: &View, table: Table, index: u16) -> Result<Descript
     if index >= table.len {
         return Err(ChainError::IndexOutOfRange { index, table_len: table.len });
     }
-    let mut bytes = [0; DESCRIPTOR_LEN as usize];
-    place
-        .read(view.memory(), u32::from(index) * DESCRIPTOR_LEN, &mut bytes)
-        .map_err(|source| ChainError::Descriptor { index, source })?;
-    Ok(Descriptor::from_bytes(bytes))
+    let pair = place.read_pair(view.memory(), u32::from(index) * DESCRIPTOR_LEN);
+    pair.map(Descriptor::from_pair).map_err(|source| ChainError::Descriptor { index, source })
 }
 
 /// Number of bytes in a list of segments. Cannot overflow: less than 2^16 segments of less than 2^32 bytes.
@@ -273,7 +270,7 @@ mod tests {
     }
 
     fn in_memory(view: &View, segment: &Segment) -> bool {
-        segment.len > 0 && view.memory.check_range(segment.address, segment.len as usize, Permissions::Read)
+        segment.len > 0 && view.memory.check_range(segment.address, segment.len as usize)
     }
 
     proptest! {

@@ -2,7 +2,7 @@
 //!
 //! Without an IOMMU there is one piece, or two where memory regions adjoin.
 
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryError};
+use vm_memory::{Address, GuestAddress, GuestMemoryError, VolatileMemory};
 
 use crate::memory::Memory;
 use crate::view::Segment;
@@ -32,8 +32,21 @@ impl Place {
             .ok_or(GuestMemoryError::InvalidGuestAddress(GuestAddress(u64::from(offset))))
     }
 
+    /// Copies two numbers at `offset`, as they are in memory.
+    pub(crate) fn read_pair(&self, memory: &Memory, offset: u32) -> Result<[u64; 2], GuestMemoryError> {
+        const LEN: usize = size_of::<[u64; 2]>();
+        let whole = self.part(offset).filter(|part| part.len as usize >= LEN);
+        if let Some(slice) = whole.and_then(|part| memory.slice(part.address, LEN)) {
+            return Ok(slice.get_ref(0)?.load());
+        }
+        let mut bytes = [0; LEN];
+        self.read(memory, offset, &mut bytes)?;
+        let [a0, a1, a2, a3, a4, a5, a6, a7, rest @ ..] = bytes;
+        Ok([u64::from_ne_bytes([a0, a1, a2, a3, a4, a5, a6, a7]), u64::from_ne_bytes(rest)])
+    }
+
     /// Copies the bytes at `offset`.
-    pub(crate) fn read(&self, memory: &Memory, offset: u32, bytes: &mut [u8]) -> Result<(), GuestMemoryError> {
+    fn read(&self, memory: &Memory, offset: u32, bytes: &mut [u8]) -> Result<(), GuestMemoryError> {
         let (mut rest, mut offset) = (bytes, offset);
         while !rest.is_empty() {
             let outside = GuestMemoryError::InvalidGuestAddress(GuestAddress(u64::from(offset)));

@@ -23,7 +23,7 @@ use std::sync::atomic::{Ordering, fence};
 use std::time::Instant;
 
 use virtio_bindings::bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
-use vm_memory::{AtomicAccess, Bytes, GuestMemoryError, Permissions};
+use vm_memory::{AtomicAccess, GuestMemoryError, Permissions};
 use vvu_protocol::features::Features;
 
 use crate::chain::{Chain, DESCRIPTOR_LEN};

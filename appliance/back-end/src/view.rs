@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use vm_memory::{Address, GuestAddress, GuestMemory, Permissions};
+use vm_memory::{Address, GuestAddress, Permissions};
 use vvu_protocol::address::UserAddress;
 
 use crate::dirty_log::DirtyLog;
@@ -73,7 +73,7 @@ impl View {
         }
         let start = GuestAddress(address);
         let fits = start.checked_add(u64::from(len)).is_some();
-        if !fits || !self.memory.check_range(start, len as usize, access) {
+        if !fits || !self.memory.check_range(start, len as usize) {
             return Err(AccessError::OutsideMemory { address, len });
         }
         pieces.push(Segment { address: start, len });

@@ -10,9 +10,10 @@ use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
     VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryError};
+use vm_memory::{Address, GuestAddress, GuestMemoryError};
 use vvu_back_end::{Chain, Segment, total_len};
 
+use crate::DriverMemory;
 use crate::config_space::{
     MAX_DISCARD_SECTORS, MAX_RANGES, MAX_REQUEST_BYTES, MAX_WRITE_ZEROES_SECTORS, SECTOR_SIZE, feature,
 };
@@ -102,18 +103,17 @@ impl Request {
     ///
     /// # Errors
     /// [`RequestError`] if the chain holds no request.
-    pub(crate) fn parse<M: GuestMemory>(
-        memory: &M,
+    pub(crate) fn parse(
+        memory: &DriverMemory,
         chain: &mut Chain,
         data: &mut Vec<Segment>,
     ) -> Result<Self, RequestError> {
         let writable_len = u32::try_from(total_len(&chain.writable)).unwrap_or(u32::MAX);
         let status = take_last_byte(&mut chain.writable).ok_or(RequestError::NoStatus)?;
         let header = take_header(memory, &mut chain.readable)?;
-        let (kind_bytes, rest) = header.split_at(4);
-        let kind = le_u32(kind_bytes);
         // After the type, 4 bytes that the driver sets and the device ignores (the former priority).
-        let sector = le_u64(rest.get(4..).unwrap_or_default());
+        let [k0, k1, k2, k3, _, _, _, _, sector @ ..] = header;
+        let (kind, sector) = (u32::from_le_bytes([k0, k1, k2, k3]), u64::from_le_bytes(sector));
 
         let request = Self { kind: RequestKind::from_wire(kind), sector, status, writable_len };
         let (used, unused) = match request.kind {
@@ -262,7 +262,7 @@ fn take_last_byte(segments: &mut Vec<Segment>) -> Option<GuestAddress> {
 }
 
 /// Copies the first 16 bytes of `segments` and takes them off.
-fn take_header<M: GuestMemory>(memory: &M, segments: &mut Vec<Segment>) -> Result<[u8; HEADER_LEN], RequestError> {
+fn take_header(memory: &DriverMemory, segments: &mut Vec<Segment>) -> Result<[u8; HEADER_LEN], RequestError> {
     let mut header = [0; HEADER_LEN];
     let mut missing: &mut [u8] = &mut header;
     let mut emptied = 0;

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use vm_memory::{GuestMemory, GuestMemoryError, Permissions};
+use vm_memory::{GuestMemory, GuestMemoryError, Permissions, VolatileSlice};
 use vvu_back_end::Segment;
 
 use crate::DriverMemory;
@@ -65,17 +65,24 @@ impl Transfer {
     pub(crate) fn map_segments(&mut self, memory: &Arc<DriverMemory>, segments: &[Segment]) -> Result<(), MapError> {
         self.reset();
         for segment in segments {
+            if let Some(slice) = memory.slice(segment.address, segment.len as usize) {
+                self.push(&slice)?;
+                continue;
+            }
             // One slice per memory region: a segment that spans two is no contiguous memory here.
             for slice in memory.get_slices(segment.address, segment.len as usize, Permissions::ReadWrite)? {
-                let slice = slice?;
-                if self.pieces.len() == MAX_PIECES {
-                    return Err(MapError::TooManyPieces);
-                }
-                let iov_base = slice.ptr_guard_mut().as_ptr().cast();
-                self.pieces.push(libc::iovec { iov_base, iov_len: slice.len() });
+                self.push(&slice?)?;
             }
         }
         self.memory = Some(Arc::clone(memory));
+        Ok(())
+    }
+
+    fn push(&mut self, slice: &VolatileSlice<'_>) -> Result<(), MapError> {
+        if self.pieces.len() == MAX_PIECES {
+            return Err(MapError::TooManyPieces);
+        }
+        self.pieces.push(libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() });
         Ok(())
     }
 

@@ -28,8 +28,13 @@ impl<'a> Cursor<'a> {
         let left = first.len.saturating_sub(self.offset);
         let wanted = limit.min(left as usize);
         let start = first.address.unchecked_add(u64::from(self.offset));
-        let Some(piece) = self.memory.get_slices(start, wanted).next() else { return Ok(None) };
-        let piece = piece?;
+        let piece = match self.memory.slice(start, wanted) {
+            Some(whole) => whole,
+            None => match self.memory.get_slices(start, wanted).next() {
+                Some(piece) => piece?,
+                None => return Ok(None),
+            },
+        };
         // Not more than `left`.
         let taken = u32::try_from(piece.len()).unwrap_or(left);
         if taken >= left {

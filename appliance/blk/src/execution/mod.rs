@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use libc::{FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::GuestAddress;
 use vvu_back_end::wakeup::Wakeup;
 use vvu_back_end::{Segment, total_len};
 
@@ -423,7 +423,7 @@ impl Drop for Executor<'_> {
 
 fn write_status(memory: &DriverMemory, address: GuestAddress, status: Status) {
     // The place was checked in this very snapshot of the memory.
-    if let Err(error) = memory.write_obj(status.byte(), address) {
+    if let Err(error) = memory.write_slice(&[status.byte()], address) {
         tracing::error!(%error, "status cannot be written");
     }
 }
