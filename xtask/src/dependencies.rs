@@ -8,7 +8,7 @@ use serde::Deserialize;
 use crate::workspace::Workspace;
 
 /// Which crates of the workspace a crate may use. Tests of a crate (dev-dependencies) are free.
-const ALLOWED: [(&str, &[&str]); 19] = [
+const ALLOWED: [(&str, &[&str]); 20] = [
     ("vvu-protocol", &[]),
     ("vvu-socket", &["vvu-protocol"]),
     ("vvu-bridge", &["vvu-protocol", "vvu-socket"]),
@@ -23,6 +23,8 @@ const ALLOWED: [(&str, &[&str]); 19] = [
     ("vvu-bench", &[]),
     ("vvu-instructions", &["vvu-setup", "vvu-test-driver"]),
     ("vvu-agent", &["vvu-appliance-config", "vvu-protocol", "vvu-socket"]),
+    // The agent on devices without a VM: for tests and benchmarks.
+    ("vvu-loopback", &["vvu-agent", "vvu-protocol", "vvu-socket"]),
     // Other parts are programs to it, as they are to an operator.
     ("vvu", &["vvu-appliance-config", "vvu-protocol"]),
     ("vvu-setup", &[]),

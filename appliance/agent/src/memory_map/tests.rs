@@ -82,6 +82,20 @@ fn units(step: &Step) -> Vec<(u64, u64)> {
     }
 }
 
+/// Two regions of two files that touch wherever one looks: one piece of a device-DAX node, two of files.
+#[test]
+fn no_piece_goes_over_a_seam() {
+    let table = [region(0, ALIGNMENT, USER, START), region(ALIGNMENT, ALIGNMENT, USER + ALIGNMENT, START + ALIGNMENT)];
+    let seams = [WindowOffset(START), WindowOffset(START + ALIGNMENT)];
+    for (seams, expected) in [(&[][..], vec![(0, 2)]), (&seams[..], vec![(0, 1), (1, 2)])] {
+        let mut memory = MemoryMap::new(WINDOW_LEN);
+        let situation = Situation { seams, ..TABLE };
+        let steps = memory.replace(&table, situation).unwrap();
+        assert_eq!(steps.iter().map(units).collect::<Vec<_>>(), [expected]);
+        assert_eq!(memory.replace(&table, situation).unwrap(), [], "nothing changes");
+    }
+}
+
 #[test]
 fn the_holes_of_a_pc() {
     let table = [
