@@ -220,7 +220,7 @@ mod tests {
     use std::sync::Arc;
 
     use proptest::prelude::*;
-    use vm_memory::{Bytes, GuestAddress, GuestMemory};
+    use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
     use crate::memory::Memory;
