@@ -9,6 +9,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -20,12 +21,17 @@ use crate::driver_vm::{Disk, DriverVm, DriverVmPlan, kvm_is_usable};
 use crate::evidence;
 use crate::fio::{Figures, Job};
 use crate::image_file::create;
-use crate::testbed::{Testbed, Turn, target_dir};
+use crate::process::command_that_dies_with_us;
+use crate::testbed::{Testbed, Turn, target_dir, workspace_program};
 
 pub mod back_ends;
+pub mod bridge;
 pub mod memory;
 pub mod network;
+pub mod packets;
+pub mod paths;
 mod side_by_side;
+mod ways;
 
 pub use side_by_side::Runs;
 
@@ -177,6 +183,11 @@ fn fill(image: &std::path::Path, len: u64) -> Result<()> {
         file.write_all(&piece).context("cannot fill the image")?;
     }
     file.set_len(len).and_then(|()| file.sync_all()).context("cannot fill the image")
+}
+
+/// The program that plays front-end and driver.
+pub(crate) fn load_program() -> Result<Command> {
+    Ok(command_that_dies_with_us(workspace_program("vvu-bench", "VVU_BENCH_BIN")?))
 }
 
 /// Writes a report's files to `target/bench`, and its tables to standard output.

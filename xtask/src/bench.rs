@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::Context;
 use vvu_tests::backend::Backend;
 use vvu_tests::bench::network::{self, NetworkOptions};
-use vvu_tests::bench::{self, BenchOptions, Runs, back_ends, memory};
+use vvu_tests::bench::{self, BenchOptions, Runs, back_ends, bridge, memory, packets, paths};
 use vvu_tests::pauses::{self, PausesOptions};
 
 use crate::cli::{Bench, Figure, Measured};
@@ -18,6 +18,8 @@ use crate::{image, instructions};
 const VVU_VARIABLE: &str = "VVU_BIN";
 const VVU_BENCH_VARIABLE: &str = "VVU_BENCH_BIN";
 const VVU_BLK_VARIABLE: &str = "VVU_BLK_BIN";
+const VVU_BRIDGE_VARIABLE: &str = "VVU_BRIDGE_BIN";
+const VVU_LOOPBACK_VARIABLE: &str = "VVU_LOOPBACK_BIN";
 const VVU_NET_VARIABLE: &str = "VVU_NET_BIN";
 
 /// Rounds unless the command line says otherwise.
@@ -31,7 +33,7 @@ const LOAD_RUNTIME: Duration = Duration::from_millis(500);
 /// Runs the benchmark on the programs that the environment names, else on release builds.
 pub(crate) fn run(workspace: &Workspace, options: &Bench) -> anyhow::Result<()> {
     let own = || env::current_exe().context("cannot find this executable");
-    if env::var_os(VVU_VARIABLE).is_none() && options.figure != Figure::Instructions {
+    if env::var_os(VVU_VARIABLE).is_none() && options.figure.needs_programs() {
         if options.figure.needs_image() {
             image::build(workspace)?;
         }
@@ -44,6 +46,8 @@ pub(crate) fn run(workspace: &Workspace, options: &Bench) -> anyhow::Result<()> 
                 .env(VVU_VARIABLE, release.join("vvu"))
                 .env(VVU_BENCH_VARIABLE, release.join("vvu-bench"))
                 .env(VVU_BLK_VARIABLE, release.join("vvu-blk"))
+                .env(VVU_BRIDGE_VARIABLE, release.join("vvu-bridge"))
+                .env(VVU_LOOPBACK_VARIABLE, release.join("vvu-loopback"))
                 .env(VVU_NET_VARIABLE, release.join("vvu-net")),
         );
     }
@@ -55,8 +59,15 @@ pub(crate) fn run(workspace: &Workspace, options: &Bench) -> anyhow::Result<()> 
             run_command(&mut network::in_a_namespace(own()?.as_os_str(), env::args_os().skip(1))?)
         }
         Figure::Net => network::run(&NetworkOptions { rounds, runtime, json: options.json }),
+        Figure::Functions => {
+            run_command(&mut workspace.cargo(&["bench", "--package", "vvu-bench", "--bench", "functions"]))
+        }
         Figure::Instructions => instructions::bench(workspace, options),
         Figure::Backend => back_ends::run(runs),
+        Figure::Loopback => paths::loopback(runs),
+        Figure::Appliance => paths::appliance(runs),
+        Figure::Bridge => bridge::run(runs),
+        Figure::Packets => packets::run(runs),
         Figure::Memory => memory::run(options.json),
         Figure::Pauses => {
             pauses::run(&PausesOptions { rounds: options.rounds.unwrap_or(PAUSES_ROUNDS), json: options.json })

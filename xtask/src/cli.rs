@@ -170,14 +170,29 @@ pub(crate) enum Figure {
     Instructions,
     /// The block back-end on the host beside qemu-storage-daemon on the host: what there is without any VM
     Backend,
+    /// What bridge and agent cost as processes of the host, without any VM: signals handed over, and relayed
+    Loopback,
+    /// The block back-end in an appliance VM beside the same program on the host
+    Appliance,
+    /// Control messages, memory maps and signals through the bridge
+    Bridge,
+    /// Single functions, by criterion: messages, places in the window, a round of a ring
+    Functions,
+    /// Frames from one port of the switch to another, on the host and in an appliance VM
+    Packets,
     /// How long the driver VM waits when something behind its disk is lost or replaced, or when it migrates
     Pauses,
 }
 
 impl Figure {
+    /// Whether programs of this workspace are started for it; else it builds itself what it needs.
+    pub(crate) fn needs_programs(self) -> bool {
+        !matches!(self, Self::Functions | Self::Instructions)
+    }
+
     /// Whether an appliance VM is part of it.
     pub(crate) fn needs_image(self) -> bool {
-        self != Self::Backend
+        !matches!(self, Self::Backend | Self::Loopback)
     }
 }
 

@@ -10,7 +10,7 @@ use anyhow::{Context, bail};
 const PROGRAM_PACKAGES: [&str; 4] = ["vvu", "vvu-bridge", "vvu-blk", "vvu-net"];
 
 /// Programs that only figures need.
-const BENCH_PACKAGES: [&str; 1] = ["vvu-bench"];
+const BENCH_PACKAGES: [&str; 2] = ["vvu-bench", "vvu-loopback"];
 
 /// A profile of the workspace's `Cargo.toml`, for what runs on the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -14,14 +14,14 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::{FdFlags, fcntl_setfd};
 use vvu_bench::report::Report;
 
-use super::side_by_side::{Point, Runs, Way, all_points, measure, report};
+use super::side_by_side::{Cell, Point, Runs, Way, all_points, measure, report};
 use super::{fill, finish_report};
 use crate::image_file::create;
 use crate::process::{Process, command_that_dies_with_us};
 use crate::testbed::{Testbed, Turn, workspace_program};
 
 /// Length of each disk in bytes.
-const DISK_LEN: u64 = 256 << 20;
+pub(crate) const DISK_LEN: u64 = 256 << 20;
 
 /// How long a program may take to listen.
 const START_PATIENCE: Duration = Duration::from_secs(60);
@@ -50,8 +50,8 @@ pub fn run(runs: Runs) -> Result<()> {
 
     let mut document = Report::new(
         "backend",
-        "vvu-blk and qemu-storage-daemon on the host, random reads by `vvu-bench load`, in turns; median of the rounds. Bold: the \
-         ratio of IOPS, its least and most; behind it the ratio of the medians of latency."
+        "vvu-blk and qemu-storage-daemon on the host, random reads by `vvu-bench load`, in turns; median of the rounds. Ratios, each of one round: \
+         **IOPS** [least..most]; latency; processor time of load and back-end together."
             .to_owned(),
         format!("cargo xtask bench backend --rounds {} --runtime {}", runs.rounds, runs.runtime.as_secs_f64()),
     );
@@ -71,7 +71,7 @@ fn measure_storage(
     storage: &Storage<'_>,
     points: &[Point],
     runs: Runs,
-) -> Result<Vec<Vec<super::side_by_side::Cell>>> {
+) -> Result<Vec<Vec<Cell>>> {
     let (mut ways, mut processes) = (Vec::new(), Vec::new());
     for (polls, word, daemon) in [(false, "off", "main loop"), (true, "auto", "I/O thread")] {
         let label = format!("{name}-{word}");

@@ -11,9 +11,8 @@ use vvu_bench::latency::shares;
 use vvu_bench::outcome::Outcome;
 use vvu_bench::report::{Plot, Report, Scale, Series, Table};
 
-use super::Spread;
-use crate::process::{command_that_dies_with_us, output_of};
-use crate::testbed::workspace_program;
+use super::{Spread, load_program};
+use crate::process::output_of;
 
 /// Ranges of a plotted histogram for each power of ten.
 const RANGES_PER_DECADE: u32 = 16;
@@ -84,6 +83,8 @@ struct Compared {
     with: String,
     iops: Spread,
     p50: Spread,
+    /// Processor time of load and processes together, for each request.
+    processor: Spread,
 }
 
 /// How often and how long.
@@ -133,7 +134,7 @@ pub(crate) fn measure(ways: &[Way], points: &[Point], runs: Runs) -> Result<Vec<
 }
 
 fn load(way: &Way, point: &Point, runtime: Duration) -> Result<Outcome> {
-    let mut command = command_that_dies_with_us(workspace_program("vvu-bench", "VVU_BENCH_BIN")?);
+    let mut command = load_program()?;
     command.args(["load", "--json", "--pattern", point.pattern, "--block", point.block, "--socket"]).arg(&way.socket);
     command.args(["--depth", &point.depth.to_string(), "--time", &runtime.as_secs_f64().to_string()]);
     command.args(["--warm-up", &WARM_UP.as_secs_f64().to_string()]);
@@ -152,7 +153,12 @@ fn cell(way: &Way, point: &Point, own: &[Outcome], ways: &[Way], outcomes: &[Vec
         let ratio = |figure: &dyn Fn(&Outcome) -> f64| {
             Spread::of(own.iter().zip(theirs).map(|(own, theirs)| figure(own) / figure(theirs)).collect())
         };
-        Compared { with: other.name.clone(), iops: ratio(&|o| o.iops), p50: ratio(&|o| o.latency_us.p50) }
+        Compared {
+            with: other.name.clone(),
+            iops: ratio(&|o| o.iops),
+            p50: ratio(&|o| o.latency_us.p50),
+            processor: ratio(&processor_per_request),
+        }
     });
     let each = |figure: &dyn Fn(&Outcome) -> u64| spread(&|o| figure(o) as f64 / o.whole.requests.max(1) as f64);
     let mut costs = vec![Cost {
@@ -181,6 +187,12 @@ fn cell(way: &Way, point: &Point, own: &[Outcome], ways: &[Way], outcomes: &[Vec
         compared,
         histogram: own.iter().flat_map(|outcome| outcome.latency_us.histogram.clone()).collect(),
     }
+}
+
+/// Of the load and of all that is watched, in nanoseconds.
+fn processor_per_request(outcome: &Outcome) -> f64 {
+    let processes = outcome.whole.processes.iter().map(|process| process.usage.processor_ns);
+    (outcome.whole.load.processor_ns + processes.sum::<u64>()) as f64 / outcome.whole.requests.max(1) as f64
 }
 
 /// Adds rows, tables and plots of all cells. `counts` adds the table of kicks, calls and switches.
@@ -227,7 +239,7 @@ fn speeds(title: &str, rows: &[&Vec<Cell>]) -> Table {
         line.extend(row.iter().map(|cell| format!("{:.0}; {:.1}", cell.iops.median, cell.p50_us.median)));
         let ratios = |with: &Compared| {
             let Spread { median, least, most } = with.iops;
-            format!("**{median:.2}** [{least:.2}..{most:.2}]; {:.2}", with.p50.median)
+            format!("**{median:.2}** [{least:.2}..{most:.2}]; {:.2}; {:.2}", with.p50.median, with.processor.median)
         };
         line.extend(row.iter().filter_map(|cell| cell.compared.as_ref().map(ratios)));
         line
