@@ -6,7 +6,6 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 use rustix::event::{PollFd, PollFlags, poll};
-use vm_memory::Bytes;
 use vvu_back_end::wakeup::Wakeup;
 use vvu_back_end::{Chain, ConfigWriter, Device, DeviceError, Memory, Ring, RingError, Segment, Service, total_len};
 use vvu_protocol::features::{Features, ProtocolFeatures};
