@@ -46,7 +46,8 @@ impl Doorbell {
         doorbell
     }
 
-    async fn message(&mut self) -> (i64, Option<OwnedFd>) {
+    /// Waits for what the server says next: an id, with the eventfd of a vector of that peer unless it has gone.
+    pub(crate) async fn message(&mut self) -> (i64, Option<OwnedFd>) {
         let receive = || {
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
             let mut control = RecvAncillaryBuffer::new(&mut space);

@@ -5,6 +5,7 @@ mod appliances;
 mod back_channel;
 mod device_state;
 mod dirty_log;
+mod hand_over;
 mod hostile_appliance;
 mod hostile_front_end;
 mod inflight;
