@@ -14,6 +14,8 @@ const GUEST_MEMORY: &str = "/memfd:memory-backend-memfd";
 pub struct FileMap {
     /// Device and inode: the file's identity, whatever its name.
     pub file: (String, u64),
+    /// What may be done with it, as `rw-p`.
+    pub permissions: String,
     /// Name, as far as the kernel tells; empty for anonymous memory.
     pub path: String,
     /// Length of the mapping in bytes.
@@ -31,6 +33,24 @@ pub struct FileMap {
 pub fn maps(pid: u32) -> Result<Vec<FileMap>> {
     let path = format!("/proc/{pid}/smaps");
     parse_smaps(&fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?)
+}
+
+/// How often the threads of process `pid` have been switched from, by themselves or not, since they were started: one that
+/// has not run meanwhile has the same number as before (`/proc/<pid>/task/*/status`, proc(5)).
+///
+/// # Errors
+/// If the process is gone or belongs to someone else.
+pub fn context_switches(pid: u32) -> Result<u64> {
+    let tasks = format!("/proc/{pid}/task");
+    let mut sum = 0;
+    for task in fs::read_dir(&tasks).with_context(|| format!("cannot read {tasks}"))? {
+        let status = fs::read_to_string(task?.path().join("status"))?;
+        let counts = status.lines().filter_map(|line| line.split_once("voluntary_ctxt_switches:"));
+        for (_, count) in counts {
+            sum += count.trim().parse::<u64>().context("cannot read a number of context switches")?;
+        }
+    }
+    Ok(sum)
 }
 
 fn parse_smaps(text: &str) -> Result<Vec<FileMap>> {
@@ -54,10 +74,11 @@ fn parse_smaps(text: &str) -> Result<Vec<FileMap>> {
 /// Header of a mapping: `start-end permissions offset device inode path`.
 fn parse_header<'a>(start: &str, end: &str, mut words: impl Iterator<Item = &'a str>) -> Result<FileMap> {
     let len = u64::from_str_radix(end, 16)?.checked_sub(u64::from_str_radix(start, 16)?).context("ends early")?;
-    let device = words.nth(2).context("no device")?.to_owned();
+    let permissions = words.next().context("no permissions")?.to_owned();
+    let device = words.nth(1).context("no device")?.to_owned();
     let inode = words.next().context("no inode")?.parse()?;
     let path = words.collect::<Vec<_>>().join(" ");
-    Ok(FileMap { file: (device, inode), path, len, resident: 0, proportional: 0 })
+    Ok(FileMap { file: (device, inode), permissions, path, len, resident: 0, proportional: 0 })
 }
 
 /// The memory of a VM: the memory files that its QEMU maps and nobody else gave to it.

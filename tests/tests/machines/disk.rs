@@ -14,6 +14,7 @@ use vvu_tests::evidence;
 use vvu_tests::files::Files;
 use vvu_tests::image_file::{allocated, create, file_system_state, sha256};
 use vvu_tests::testbed::{Testbed, machine_test};
+use vvu_tests::vvu_run::VvuRun;
 
 const MIB: u64 = 1 << 20;
 
@@ -23,6 +24,22 @@ fn image(testbed: &Testbed, len: u64) -> Result<PathBuf> {
 
 fn serve(testbed: &Testbed, image: &ServedImage) -> Result<Served> {
     Backend::chosen()?.serve(testbed, "disk", image)
+}
+
+/// The same, with a bridge that relays every kick and call.
+fn serve_relayed(testbed: &Testbed, image: &ServedImage) -> Result<Served> {
+    match Backend::chosen()? {
+        Backend::Vvu => Ok(Served::Vvu(Box::new(VvuRun::start_with(testbed, "disk", image, &["--relay"])?))),
+        on_host => on_host.serve(testbed, "disk", image),
+    }
+}
+
+/// How often the bridge has run meanwhile, if there is one.
+fn bridge_ran_during(served: &Served, work: impl FnOnce() -> Result<()>) -> Result<Option<u64>> {
+    let Served::Vvu(run) = served else { return work().map(|()| None) };
+    let before = evidence::context_switches(run.bridge().pid())?;
+    work()?;
+    Ok(Some(evidence::context_switches(run.bridge().pid())? - before))
 }
 
 fn driver_vm<'a>(testbed: &'a Testbed, served: &Served) -> DriverVmPlan<'a> {
@@ -92,7 +109,8 @@ fn the_driver_comes_and_goes() -> Result<()> {
     })
 }
 
-/// Path: four request queues, each with its own kick and call, each used from the CPU that it belongs to.
+/// Path: four request queues, each with its own kick and call, each used from the CPU that it belongs to. No thread of the bridge
+/// runs for any request.
 #[test]
 fn all_four_queues_carry_requests() -> Result<()> {
     machine_test("all_four_queues_carry_requests", |testbed| {
@@ -104,11 +122,20 @@ fn all_four_queues_carry_requests() -> Result<()> {
         ensure!(queues.trim() == "4", "the driver has {queues} queues");
 
         let before = queue_interrupts(&mut vm)?;
-        vm.run(
-            "fio --name=queues --filename=/dev/vda --direct=1 --ioengine=libaio --rw=randwrite --bs=4k --iodepth=4 \
-             --numjobs=4 --cpus_allowed=0-3 --cpus_allowed_policy=split --size=16M --offset_increment=16M \
-             --io_size=4M --verify=crc32c --verify_fatal=1",
-        )?;
+        let ran = bridge_ran_during(&served, || {
+            vm.run(
+                "fio --name=queues --filename=/dev/vda --direct=1 --ioengine=libaio --rw=randwrite --bs=4k --iodepth=4 \
+                 --numjobs=4 --cpus_allowed=0-3 --cpus_allowed_policy=split --size=16M --offset_increment=16M \
+                 --io_size=4M --verify=crc32c --verify_fatal=1",
+            )?;
+            // 100,000 requests.
+            vm.run(
+                "fio --name=many --filename=/dev/vda --direct=1 --ioengine=libaio --rw=randread --bs=512 --iodepth=32 \
+                 --numjobs=4 --cpus_allowed=0-3 --cpus_allowed_policy=split --number_ios=25000",
+            )
+            .map(drop)
+        })?;
+        ensure!(ran.is_none_or(|count| count == 0), "the bridge has run {ran:?} times while requests went by");
         let after = queue_interrupts(&mut vm)?;
         ensure!(before.len() == 4 && after.len() == 4, "interrupts of {} queues", after.len());
         for (queue, (before, after)) in before.iter().zip(&after).enumerate() {
@@ -126,14 +153,15 @@ fn queue_interrupts(vm: &mut DriverVm) -> Result<Vec<u64>> {
     Ok(rows.map(|row| row.split_whitespace().skip(1).map_while(|word| word.parse::<u64>().ok()).sum()).collect())
 }
 
-/// Path: the read-only feature, from `vvu run --read-only` to the driver's block layer, and the image left alone.
+/// Path: the read-only feature, from `vvu run --read-only` to the driver's block layer, and the image left alone; with kicks and
+/// calls that pass through the bridge.
 #[test]
 fn a_read_only_disk_refuses_writes() -> Result<()> {
     machine_test("a_read_only_disk_refuses_writes", |testbed| {
         let image = image(testbed, 16 * MIB)?;
         File::options().write(true).open(&image)?.write_all_at(&[0x5a; 8192], MIB)?;
         let before = sha256(&image)?;
-        let served = serve(testbed, &ServedImage::writable(&image).read_only())?;
+        let served = serve_relayed(testbed, &ServedImage::writable(&image).read_only())?;
         let mut vm = driver_vm(testbed, &served).boot()?;
         ensure!(vm.run("cat /sys/block/vda/ro")?.trim() == "1");
         vm.run_refused("dd if=/dev/zero of=/dev/vda bs=4k count=1 oflag=direct")?;
@@ -141,7 +169,12 @@ fn a_read_only_disk_refuses_writes() -> Result<()> {
         vm.run_refused(
             "/usr/sbin/blockdev --setrw /dev/vda && dd if=/dev/zero of=/dev/vda bs=4k count=1 oflag=direct",
         )?;
-        let read = vm.run("sha256sum /dev/vda")?;
+        let mut read = String::new();
+        let ran = bridge_ran_during(&served, || {
+            read = vm.run("sha256sum /dev/vda")?;
+            Ok(())
+        })?;
+        ensure!(ran != Some(0), "nobody has relayed a kick or a call");
         ensure!(read.starts_with(&before), "the driver VM reads {read}, the image has {before}");
         vm.power_off()?;
         served.stop()?;
