@@ -57,6 +57,7 @@ impl Connection {
         let protocol = protocol
             & (VhostUserProtocolFeatures::MQ
                 | VhostUserProtocolFeatures::CONFIG
+                | VhostUserProtocolFeatures::INFLIGHT_SHMFD
                 | VhostUserProtocolFeatures::REPLY_ACK);
         accepted("SET_PROTOCOL_FEATURES", frontend.set_protocol_features(protocol))?;
         let acknowledges = protocol.contains(VhostUserProtocolFeatures::REPLY_ACK);
