@@ -42,6 +42,7 @@ use clap::Parser;
 use crate::baseline::{Baseline, Toolchain};
 use crate::callgrind::Callgrind;
 use crate::measure::{Measured, Programs};
+use crate::scenario::Scenario;
 use crate::table::Table;
 
 /// Counts the instructions that the back-ends execute per request.
@@ -97,8 +98,15 @@ fn run(cli: &Cli) -> anyhow::Result<bool> {
     let baseline = Baseline::load(&cli.baseline)?;
     let (directory, keep) = (&cli.directory, cli.keep.as_deref());
     let programs = Programs { callgrind, blk: &cli.blk, net: &cli.net, directory, keep };
-    let wanted = |name: &str| cli.only.as_ref().is_none_or(|part| name.contains(part.as_str()));
-    let scenarios = scenario::all().into_iter().filter(|scenario| wanted(scenario.name)).collect();
+    let disks = disk::has_direct_io(directory)?;
+    if !disks {
+        eprintln!("disks are left out: {} is on a file system without direct I/O", directory.display());
+    }
+    let is_wanted = |scenario: &Scenario| {
+        let is_named = cli.only.as_ref().is_none_or(|part| scenario.name.contains(part.as_str()));
+        is_named && (disks || !scenario.work.is_disk())
+    };
+    let scenarios = scenario::all().into_iter().filter(is_wanted).collect();
     let mut measured = programs.measure(scenarios)?;
     let fails = |found: &Measured| baseline.judge(&toolchain, found.scenario.name, found.instructions).is_failure();
     for suspect in measured.iter_mut().filter(|found| fails(found) && !cli.accept) {
