@@ -1,6 +1,6 @@
 //! Where the eventfds of kicks, calls and errors are chosen, and relayed if need be.
 //!
-//! There are two ways from one VM to the other. *Handed over* ([`hand_over`]), an eventfd of the front-end is one of the appliance's
+//! There are two ways from one VM to the other. *Handed over* (module `hand_over`), an eventfd of the front-end is one of the appliance's
 //! doorbell device itself: a kick is a vector's interrupt, a call is what the doorbell register signals, and no thread of the
 //! bridge runs for either. *Relayed*, the doorbell device has an eventfd of the bridge, which passes each signal on. Each queue
 //! has one vector (kick) and two peers (call and error) for that, and the dirty log has one peer, all of which live as long as

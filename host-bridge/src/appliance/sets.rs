@@ -115,7 +115,7 @@ struct Complete {
 
 #[derive(Debug)]
 enum Stage {
-    Incomplete(Incomplete),
+    Incomplete(Box<Incomplete>),
     Complete(Complete),
 }
 
@@ -364,7 +364,7 @@ impl DeviceSet {
             window: None,
             doorbell: false,
         };
-        Ok(Self { peer, tasks: JoinSet::new(), control: None, stage: Stage::Incomplete(incomplete) })
+        Ok(Self { peer, tasks: JoinSet::new(), control: None, stage: Stage::Incomplete(Box::new(incomplete)) })
     }
 
     /// Starts the task of a device. A second connection to the same one is closed, and changes nothing.
@@ -410,14 +410,12 @@ impl DeviceSet {
 
     /// The set as an appliance, if all its connections are there.
     fn completed(mut self, number: u32, layout: &Layout, changed: &Rc<Notify>) -> Self {
-        let stage = match self.stage {
-            Stage::Incomplete(Incomplete {
-                control: Some(control),
-                window: Some(window),
-                doorbell: true,
-                doorbells,
-                ..
-            }) => {
+        let set = match self.stage {
+            Stage::Incomplete(set) => *set,
+            stage @ Stage::Complete(_) => return Self { stage, ..self },
+        };
+        let stage = match set {
+            Incomplete { control: Some(control), window: Some(window), doorbell: true, doorbells, .. } => {
                 let readiness = Readiness { window: window.state(), control: control.state() };
                 self.tasks.spawn_local(watch_readiness(readiness.clone(), Rc::clone(changed)));
                 let appliance = Appliance { control, window, doorbells, layout: layout.clone(), number, session: 0 };
@@ -425,7 +423,7 @@ impl DeviceSet {
                 let (said_ready, retires, over) = (false, false, false);
                 Stage::Complete(Complete { number, came, readiness, said_ready, retires, ended, over })
             }
-            stage => stage,
+            set => Stage::Incomplete(Box::new(set)),
         };
         Self { stage, ..self }
     }

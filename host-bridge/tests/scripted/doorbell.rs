@@ -1,15 +1,11 @@
 //! The appliance's doorbell device, scripted as QEMU's client of an ivshmem server behaves.
 
-use std::io::IoSliceMut;
-use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
-use tokio::io::Interest;
 use vvu_protocol::doorbell::{PeerId, Vector};
 use vvu_socket::event::{self, Event};
+use vvu_socket::ivshmem::ServerStream;
 
 use super::{QUEUES, within};
 
@@ -20,15 +16,13 @@ pub(crate) struct Doorbell {
     pub(crate) uuid: [u8; 16],
     vectors: Vec<Event>,
     peers: Vec<(u16, OwnedFd)>,
-    stream: tokio::net::UnixStream,
+    stream: ServerStream,
 }
 
 impl Doorbell {
     /// Connects, and takes everything that the server has for a new client.
     pub(crate) async fn realize(path: &Path) -> Self {
-        let stream = UnixStream::connect(path).unwrap();
-        stream.set_nonblocking(true).unwrap();
-        let stream = tokio::net::UnixStream::from_std(stream).unwrap();
+        let stream = ServerStream::connect(path).unwrap();
         let mut doorbell = Self { uuid: [0; 16], vectors: Vec::new(), peers: Vec::new(), stream };
         assert!(matches!(doorbell.message().await, (0, None)), "expected version 0");
         assert!(matches!(doorbell.message().await, (0, None)), "expected the id of the appliance's own device");
@@ -48,19 +42,8 @@ impl Doorbell {
 
     /// Waits for what the server says next: an id, with the eventfd of a vector of that peer unless it has gone.
     pub(crate) async fn message(&mut self) -> (i64, Option<OwnedFd>) {
-        let receive = || {
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-            let mut control = RecvAncillaryBuffer::new(&mut space);
-            let mut bytes = [0; 8];
-            let received = recvmsg(&self.stream, &mut [IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::empty())?;
-            assert_eq!(received.bytes, 8, "messages of an ivshmem server have 8 bytes");
-            let descriptor = control.drain().find_map(|message| match message {
-                RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
-                _ => None,
-            });
-            Ok((i64::from_le_bytes(bytes), descriptor))
-        };
-        within("a message for the doorbell device", self.stream.async_io(Interest::READABLE, receive)).await.unwrap()
+        let message = within("a message for the doorbell device", self.stream.recv()).await.unwrap();
+        message.expect("the bridge closed the doorbell socket")
     }
 
     /// Waits until the bridge signals a vector.
