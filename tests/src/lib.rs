@@ -14,6 +14,7 @@
 //! - [`vvu_run`]: one `vvu run` and all of its processes.
 //! - [`witness`]: a load in the driver VM that knows what the disk must hold.
 //! - [`surroundings`]: storage that fails.
+//! - [`capacity`]: what many devices cost, from what one was measured to cost.
 //! - [`image_file`] and [`evidence`]: what the host can see: image contents, memory maps, counters.
 //!
 //! It never replaces a part by a mock, never reaches into another crate's internals (it sees what an operator sees:
@@ -21,6 +22,7 @@
 
 pub mod backend;
 pub mod bench;
+pub mod capacity;
 pub mod counters;
 pub mod demo;
 pub mod driver_image;

@@ -14,6 +14,7 @@ use serde::Deserialize;
 use serde_json::json;
 
 use crate::backend::ServedImage;
+use crate::capacity::Start;
 use crate::counters::BlkCounters;
 use crate::process::{Process, Watched, command_that_dies_with_us, output_of};
 use crate::qmp::Qmp;
@@ -120,6 +121,8 @@ impl Replaced {
 #[derive(Debug, Clone, Copy, Deserialize)]
 struct TimingsMs {
     ready: u64,
+    #[serde(flatten)]
+    steps: Option<Start>,
 }
 
 /// The last event of a run.
@@ -233,6 +236,11 @@ impl VvuRun {
     /// Time from the start of `vvu` until the device was ready.
     pub fn time_to_ready(&self) -> Duration {
         Duration::from_millis(self.ready.timings_ms.ready)
+    }
+
+    /// The steps of the start, if the appliance told them in time.
+    pub fn start_steps(&self) -> Option<Start> {
+        self.ready.timings_ms.steps.map(|steps| Start { ready: self.ready.timings_ms.ready, ..steps })
     }
 
     /// The `vvu` process.

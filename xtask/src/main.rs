@@ -4,6 +4,7 @@
 //! It holds no recipe itself: the set-up is `vvu-setup`, the image `vvu-guest-image`, demo and benchmark `vvu-tests`.
 
 mod bench;
+mod capacity;
 mod cli;
 mod dependencies;
 mod image;
@@ -53,6 +54,7 @@ fn run(command: Command) -> anyhow::Result<bool> {
         Command::Simulate(options) => workspace::run(&mut simulate::command(&workspace, Some(&options)))?,
         Command::Test(options) => return test::run(&workspace, &options),
         Command::Bench(options) => bench::run(&workspace, &options)?,
+        Command::Capacity(options) => capacity::run(&workspace, &options)?,
         Command::Soak(options) => {
             image::build(&workspace)?;
             workspace.build_programs(Profile::Dev)?;
