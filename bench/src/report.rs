@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::error::Error;
 
@@ -38,6 +38,10 @@ pub struct Report {
     pub machine: Machine,
     /// Rows, each an object.
     pub rows: Vec<Value>,
+    /// What concerns no single row.
+    pub other: Map<String, Value>,
+    /// Text that is laid out already.
+    pub text: String,
     /// For people.
     pub tables: Vec<Table>,
     /// For people who look.
@@ -48,8 +52,9 @@ impl Report {
     /// An empty report of this machine.
     #[must_use]
     pub fn new(name: &'static str, about: String, repeat: String) -> Self {
-        let machine = Machine::this_one();
-        Self { name, about, repeat, machine, rows: Vec::new(), tables: Vec::new(), plots: Vec::new() }
+        let (rows, tables, plots) = (Vec::new(), Vec::new(), Vec::new());
+        let (machine, other, text) = (Machine::this_one(), Map::new(), String::new());
+        Self { name, about, repeat, machine, rows, other, text, tables, plots }
     }
 
     /// Adds a row to the JSON document. It says itself where it comes from.
@@ -74,7 +79,7 @@ impl Report {
         fs::create_dir_all(directory).map_err(|error| unwritten(directory, &error))?;
         let document = json!({
             "name": self.name, "about": self.about, "repeat": self.repeat, "machine": json_of(&self.machine)?,
-            "rows": self.rows,
+            "rows": self.rows, "other": self.other,
         });
         let mut files = vec![
             (format!("{}.json", self.name), format!("{document:#}\n")),
@@ -94,6 +99,9 @@ impl Report {
     #[must_use]
     pub fn markdown(&self) -> String {
         let mut text = format!("{}\n\nMeasured on: {}. Again: `{}`\n", self.about, self.machine, self.repeat);
+        if !self.text.is_empty() {
+            text.push_str(&format!("\n```text\n{}\n```\n", self.text.trim_end()));
+        }
         for table in &self.tables {
             text.push_str(&format!("\n{}\n\n", table.title));
             let line = |cells: &[String]| format!("| {} |\n", cells.join(" | "));

@@ -25,7 +25,6 @@ use crate::process::command_that_dies_with_us;
 use crate::testbed::{Testbed, Turn, target_dir, workspace_program};
 
 pub mod back_ends;
-pub mod boot;
 pub mod bridge;
 pub mod memory;
 pub mod network;
@@ -100,7 +99,7 @@ struct Report {
     measured: String,
     accelerator: &'static str,
     rounds: u32,
-    seconds_per_run: u64,
+    seconds_per_run: f64,
     rows: Vec<Row>,
     /// Only if `vvu` is measured.
     vvu: Option<VvuFigures>,
@@ -144,15 +143,20 @@ pub fn run(options: &BenchOptions) -> Result<()> {
         measured: options.measured.to_string(),
         accelerator: if kvm_is_usable() { "kvm" } else { "tcg" },
         rounds: options.rounds,
-        seconds_per_run: options.runtime.as_secs(),
+        seconds_per_run: options.runtime.as_secs_f64(),
         rows,
         vvu,
     };
-    if options.json {
-        serde_json::to_writer_pretty(io::stdout().lock(), &report)?;
-        return writeln!(io::stdout()).context("cannot write the report");
-    }
-    print_table(&report, &mut io::stdout().lock()).context("cannot write the report")
+    let mut text = Vec::new();
+    print_table(&report, &mut text)?;
+    let repeat = format!(
+        "cargo xtask bench disk --rounds {} --runtime {} --image-size {}{}",
+        options.rounds,
+        options.runtime.as_secs_f64(),
+        options.image_len >> 20,
+        if options.measured == Backend::Vvu { "" } else { " --measured vvu-blk" }
+    );
+    hand_in("disk", "One disk beside qemu-storage-daemon's, in one driver VM.", repeat, &report, text, options.json)
 }
 
 /// Ends the driver VM and what is measured, and takes the last figures of both.
@@ -189,6 +193,33 @@ fn fill(image: &std::path::Path, len: u64) -> Result<()> {
 /// The program that plays front-end and driver.
 pub(crate) fn load_program() -> Result<Command> {
     Ok(command_that_dies_with_us(workspace_program("vvu-bench", "VVU_BENCH_BIN")?))
+}
+
+/// Prints what was measured, as JSON or as text, and leaves both in `target/bench`, with the machine and the command that repeats
+/// it. The field `rows` of `report` has the rows.
+pub(crate) fn hand_in(
+    name: &'static str,
+    about: &str,
+    repeat: String,
+    report: &impl Serialize,
+    text: Vec<u8>,
+    json: bool,
+) -> Result<()> {
+    let mut document = vvu_bench::report::Report::new(name, about.to_owned(), repeat);
+    let measured = serde_json::to_value(report).context("a report is not to be written as JSON")?;
+    if let serde_json::Value::Object(mut fields) = measured.clone() {
+        for row in fields.remove("rows").as_ref().and_then(|rows| rows.as_array()).into_iter().flatten() {
+            document.add_row(row)?;
+        }
+        document.other = fields;
+    }
+    document.text = String::from_utf8(text).context("a report is no text")?;
+    for file in document.write(&target_dir()?.join("bench"))? {
+        eprintln!("bench: {}", file.display());
+    }
+    let mut out = io::stdout().lock();
+    if json { writeln!(out, "{measured:#}") } else { out.write_all(document.text.as_bytes()) }
+        .context("cannot write the report")
 }
 
 /// Writes a report's files to `target/bench`, and its tables to standard output.

@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use crate::backend::{Backend, Served, ServedImage};
 use crate::bench::Spread;
+use crate::bench::hand_in;
 use crate::driver_vm::{Disk, DriverVm, DriverVmPlan, kvm_is_usable};
 use crate::image_file::create;
 use crate::loss::{self, Loss};
@@ -58,11 +59,17 @@ pub fn run(options: &PausesOptions) -> Result<()> {
     rows.push(migrations(&testbed, options.rounds)?);
     let accelerator = if kvm_is_usable() { "kvm" } else { "tcg" };
     let report = Report { accelerator, rounds: options.rounds, rows };
-    if options.json {
-        serde_json::to_writer_pretty(io::stdout().lock(), &report)?;
-        return writeln!(io::stdout()).context("cannot write the report");
-    }
-    print_table(&report, &mut io::stdout().lock()).context("cannot write the report")
+    let mut text = Vec::new();
+    print_table(&report, &mut text)?;
+    let repeat = format!("cargo xtask bench pauses --rounds {}", options.rounds);
+    hand_in(
+        "pauses",
+        "How long the driver VM waits when something behind its disk is lost.",
+        repeat,
+        &report,
+        text,
+        options.json,
+    )
 }
 
 /// Losses and upgrades, all in one driver VM.

@@ -4,10 +4,10 @@ use std::env;
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use vvu_tests::backend::Backend;
 use vvu_tests::bench::network::{self, NetworkOptions};
-use vvu_tests::bench::{self, BenchOptions, Runs, back_ends, boot, bridge, memory, packets, paths};
+use vvu_tests::bench::{self, BenchOptions, Runs, back_ends, bridge, memory, packets, paths};
 use vvu_tests::pauses::{self, PausesOptions};
 
 use crate::cli::{Bench, Figure, Measured};
@@ -53,6 +53,9 @@ pub(crate) fn run(workspace: &Workspace, options: &Bench) -> anyhow::Result<()> 
     }
     let rounds = options.rounds.unwrap_or(ROUNDS);
     let runtime = options.runtime.unwrap_or(RUNTIME);
+    if matches!(options.figure, Figure::Disk | Figure::Net) && runtime.subsec_nanos() != 0 {
+        bail!("fio and iperf3 run for whole seconds: give --runtime without a fraction");
+    }
     let runs = Runs { rounds, runtime: options.runtime.unwrap_or(LOAD_RUNTIME) };
     match options.figure {
         Figure::Net if !network::is_in_a_namespace() => {
@@ -69,7 +72,6 @@ pub(crate) fn run(workspace: &Workspace, options: &Bench) -> anyhow::Result<()> 
         Figure::Bridge => bridge::run(runs),
         Figure::Packets => packets::run(runs),
         Figure::Memory => memory::run(options.json),
-        Figure::Boot => boot::run(rounds, options.json),
         Figure::Pauses => {
             pauses::run(&PausesOptions { rounds: options.rounds.unwrap_or(PAUSES_ROUNDS), json: options.json })
         }

@@ -16,7 +16,7 @@ use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 use vvu_setup::Extra;
 
-use super::Spread;
+use super::{Spread, hand_in};
 use crate::driver_vm::{DriverVm, DriverVmPlan, Network, kvm_is_usable};
 use crate::iperf::{self, Direction, Throughput};
 use crate::network::{Port, ServedSwitch};
@@ -104,7 +104,7 @@ struct Row {
 struct Report {
     accelerator: &'static str,
     rounds: u32,
-    seconds_per_run: u64,
+    seconds_per_run: f64,
     rows: Vec<Row>,
 }
 
@@ -201,12 +201,12 @@ pub fn run(options: &NetworkOptions) -> Result<()> {
     }
     field.stop()?;
     let accelerator = if kvm_is_usable() { "kvm" } else { "tcg" };
-    let report = Report { accelerator, rounds: options.rounds, seconds_per_run: options.runtime.as_secs(), rows };
-    if options.json {
-        serde_json::to_writer_pretty(io::stdout().lock(), &report)?;
-        return writeln!(io::stdout()).context("cannot write the report");
-    }
-    print_table(&report, &mut io::stdout().lock()).context("cannot write the report")
+    let report = Report { accelerator, rounds: options.rounds, seconds_per_run: options.runtime.as_secs_f64(), rows };
+    let mut text = Vec::new();
+    print_table(&report, &mut text)?;
+    let repeat =
+        format!("cargo xtask bench net --rounds {} --runtime {}", options.rounds, options.runtime.as_secs_f64());
+    hand_in("net", "TCP over each way that a packet can take.", repeat, &report, text, options.json)
 }
 
 impl Field {
