@@ -25,6 +25,7 @@ use crate::process::command_that_dies_with_us;
 use crate::testbed::{Testbed, Turn, target_dir, workspace_program};
 
 pub mod back_ends;
+pub mod boot;
 pub mod bridge;
 pub mod memory;
 pub mod network;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use vvu_tests::backend::Backend;
 use vvu_tests::bench::network::{self, NetworkOptions};
-use vvu_tests::bench::{self, BenchOptions, Runs, back_ends, bridge, memory, packets, paths};
+use vvu_tests::bench::{self, BenchOptions, Runs, back_ends, boot, bridge, memory, packets, paths};
 use vvu_tests::pauses::{self, PausesOptions};
 
 use crate::cli::{Bench, Figure, Measured};
@@ -72,6 +72,7 @@ pub(crate) fn run(workspace: &Workspace, options: &Bench) -> anyhow::Result<()> 
         Figure::Bridge => bridge::run(runs),
         Figure::Packets => packets::run(runs),
         Figure::Memory => memory::run(options.json),
+        Figure::Boot => boot::run(rounds, options.json),
         Figure::Pauses => {
             pauses::run(&PausesOptions { rounds: options.rounds.unwrap_or(PAUSES_ROUNDS), json: options.json })
         }

@@ -46,6 +46,8 @@ pub(crate) enum Command {
     Simulate(Simulate),
     /// Measure: disk or network in turn with other ways to serve it, the driver VM's pauses, the appliance VM's memory
     Bench(Bench),
+    /// Compute what many devices cost on one host, from what one was measured to cost (docs/capacity.md)
+    Capacity(Capacity),
     /// Kill parts at random under a verified load, over and over
     Soak(Soak),
 }
@@ -98,6 +100,28 @@ pub(crate) struct Soak {
     #[arg(long, value_name = "S")]
     pub(crate) seed: Option<u64>,
     /// Print one JSON document at the end
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Capacity {
+    /// Numbers of devices
+    #[arg(long, value_name = "N", value_delimiter = ',', default_values_t = [1, 100, 1000], value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    pub(crate) devices: Vec<u64>,
+    /// Window of each device in GiB
+    #[arg(long, value_name = "GIB", default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=4096))]
+    pub(crate) window: u64,
+    /// CPUs of the host [default: 64]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=65536))]
+    pub(crate) cpus: Option<u64>,
+    /// Memory of the host in GiB [default: 256]
+    #[arg(long, value_name = "GIB", value_parser = clap::value_parser!(u64).range(1..=1_048_576))]
+    pub(crate) memory: Option<u64>,
+    /// What `cargo xtask bench boot --json` has written [default: docs/capacity.json]
+    #[arg(long, value_name = "PATH")]
+    pub(crate) figures: Option<PathBuf>,
+    /// Print one JSON document instead of tables
     #[arg(long)]
     pub(crate) json: bool,
 }
@@ -166,6 +190,8 @@ pub(crate) enum Figure {
     Net,
     /// Memory of an appliance VM for each class of device, and the size of its image
     Memory,
+    /// What one disk with an appliance VM costs until it is ready, and idle: steps, CPU, memory by kind, wake-ups
+    Boot,
     /// Instructions of the back-ends per request, counted by callgrind, beside a baseline, and the functions they are in
     Instructions,
     /// The block back-end on the host beside qemu-storage-daemon on the host: what there is without any VM
