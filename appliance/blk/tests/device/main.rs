@@ -19,6 +19,7 @@ mod inflight;
 mod iommu;
 mod lifecycle;
 mod limits;
+mod null_disk;
 mod process;
 mod qcow2;
 mod requests;

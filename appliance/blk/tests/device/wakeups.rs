@@ -39,6 +39,9 @@ fn exchange(mode: &str, event_idx: bool) -> u32 {
             queue.call.read().unwrap();
         }
     }
+    // A thread that looks for work sees these, too: each is answered when the thread has done as it says.
+    front_end.announce_memory();
+    assert_eq!(u32::from(queue.stop(&front_end)), REQUESTS, "--poll {mode}");
     kicks
 }
 

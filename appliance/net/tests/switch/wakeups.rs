@@ -40,6 +40,9 @@ fn exchange(mode: &str, event_idx: bool) -> u32 {
             queue.call.read().unwrap();
         }
     }
+    // A thread that looks for work sees these, too: each is answered when the thread has done as it says.
+    machine.announce_memory();
+    assert_eq!(u32::from(queue.stop(&machine)), PACKETS, "--poll {mode}");
     kicks
 }
 
