@@ -4,7 +4,7 @@
 
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
@@ -26,12 +26,26 @@ impl ServerStream {
         Ok(Self(tokio::net::UnixStream::from_std(stream)?))
     }
 
+    /// Waits until there is something to receive, or the server has closed the connection. May be cancelled.
+    ///
+    /// # Errors
+    /// If the socket cannot be watched.
+    pub async fn readable(&self) -> io::Result<()> {
+        self.0.readable().await
+    }
+
     /// The next number and its descriptor, or `None` if the server has closed the connection. May be cancelled.
     ///
     /// # Errors
     /// If the socket fails, or what comes is no number.
     pub async fn recv(&self) -> io::Result<Option<(i64, Option<OwnedFd>)>> {
         self.0.async_io(Interest::READABLE, || receive(&self.0)).await
+    }
+}
+
+impl AsFd for ServerStream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 

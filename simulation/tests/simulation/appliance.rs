@@ -13,13 +13,14 @@ use vvu_agent::control::{ControlError, ControlEvent, ControlPort};
 use vvu_agent::doorbell::{Doorbell, DoorbellError, SignalsInUse};
 use vvu_agent::session::DeviceSet;
 use vvu_agent::uuid::Uuid;
-use vvu_agent::window::WindowNode;
+use vvu_agent::window::{Backing, NotBacked, ReadError, Window, WindowNode};
+use vvu_protocol::address::WindowOffset;
 use vvu_protocol::control::{CONFIG_LEN, ConfigSpace, Frame, Status};
 use vvu_protocol::dax::NODE_OFFSET;
 use vvu_protocol::doorbell::{PeerId, Vector};
 
 use super::device::Gone;
-use super::file::MappedFile;
+use super::file;
 use super::host::BackEndHost;
 use super::ring::DriverRing;
 use super::vmm::Vmm;
@@ -103,16 +104,15 @@ impl Appliance {
         vmm.start_control([&receive, &transmit]).await?;
         vmm.refresh_config().await;
         vmm.start_window().await?;
-        let mut port = Port { vmm: Rc::clone(&vmm), receive, transmit, window: None };
+        let mut port = Port { vmm: Rc::clone(&vmm), receive, transmit };
         let len = loop {
             match port.config().unwrap().window_len {
                 0 => port.config_change().await.unwrap(),
                 len => break len,
             }
         };
-        let node = Rc::new(MappedFile::new(len - NODE_OFFSET));
-        port.window = Some(Rc::clone(&node));
-        let window = WindowNode { file: Arc::new(node.duplicate()), len };
+        let node = WindowNode { file: Arc::new(file::sealed(len - NODE_OFFSET)), len };
+        let window = SimulatedWindow { vmm: Rc::clone(&vmm), node };
         self.world.note(format!("appliance {}: devices are up", self.number));
         let doorbells = Doorbells(Rc::clone(&vmm));
         let supervisor = self.back_end.supervisor(&vmm);
@@ -197,27 +197,6 @@ struct Port {
     vmm: Rc<Vmm>,
     receive: DriverRing,
     transmit: DriverRing,
-    /// The device-DAX node.
-    window: Option<Rc<MappedFile>>,
-}
-
-impl Port {
-    /// The agent is about to read an index in driver memory. The node stands for the window by copies, made when they are
-    /// needed.
-    fn before_resume(&self, bytes: &[u8]) {
-        let Some(node) = &self.window else { return };
-        let resumes = Frame::decode(bytes).is_ok_and(|frame| frame.resume);
-        if !resumes {
-            return;
-        }
-        for (_, range) in self.vmm.driver_files() {
-            let place = self.vmm.place(range.start, 1).expect("it is mapped");
-            let file = place.memory;
-            let mut copy = vec![0; usize::try_from(super::virtq::RINGS_END.min(file.len)).unwrap()];
-            file.read(place.offset, &mut copy);
-            node.write(range.start - NODE_OFFSET, &copy);
-        }
-    }
 }
 
 impl ControlPort for Port {
@@ -237,7 +216,6 @@ impl ControlPort for Port {
                 self.vmm.look_at_status().await;
                 let bytes = self.receive.take_used().expect("it was there");
                 self.receive.offer_buffers();
-                self.before_resume(&bytes);
                 return Ok(ControlEvent::Frame(bytes));
             }
             if self.vmm.take_config_change() {
@@ -261,6 +239,33 @@ impl ControlPort for Port {
     fn send(&mut self, frame: &Frame) -> Result<(), ControlError> {
         self.transmit.offer_bytes(&frame.encode().map_err(ControlError::Frame)?);
         Ok(())
+    }
+}
+
+/// The window, as the agent sees it. Its node is a name for it and has nothing in it: the VMM knows what is where.
+#[derive(Debug)]
+struct SimulatedWindow {
+    vmm: Rc<Vmm>,
+    node: WindowNode,
+}
+
+impl Window for SimulatedWindow {
+    fn window_len(&self) -> u64 {
+        self.node.window_len()
+    }
+
+    fn seams(&self) -> Vec<WindowOffset> {
+        self.node.seams()
+    }
+
+    fn backing(&self, start: WindowOffset, len: u64) -> Result<Backing, NotBacked> {
+        self.node.backing(start, len)
+    }
+
+    fn read_u16(&self, offset: WindowOffset) -> Result<u16, ReadError> {
+        let place =
+            self.vmm.place(offset.0, 2).unwrap_or_else(|| panic!("the agent reads at {offset}, where nothing is"));
+        Ok(u16::from_le(place.memory.load(place.offset)))
     }
 }
 

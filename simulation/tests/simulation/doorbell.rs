@@ -7,19 +7,16 @@
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{self, IoSliceMut};
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixStream;
+use std::io;
+use std::os::fd::OwnedFd;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
-use tokio::io::Interest;
 use tokio::sync::Notify;
 use vvu_agent::doorbell::{DoorbellError, SignalsInUse};
 use vvu_protocol::doorbell::{OWN_PEER, PeerId, VERSION, Vector};
 use vvu_socket::event::{self, Event};
+use vvu_socket::ivshmem::ServerStream;
 
 use super::task::OwnedTask;
 use super::world::{QUEUES, UUID, World};
@@ -63,10 +60,11 @@ impl Doorbell {
     }
 
     /// What the server says first. Answers whether it is there.
-    pub(crate) async fn set_up(&self, stream: &tokio::net::UnixStream) -> io::Result<()> {
-        let (version, _) = message(stream).await?;
-        let (own, _) = message(stream).await?;
-        let (shared, file) = message(stream).await?;
+    pub(crate) async fn set_up(&self, stream: &ServerStream) -> io::Result<()> {
+        let next = async || stream.recv().await?.ok_or(io::Error::from(io::ErrorKind::UnexpectedEof));
+        let (version, _) = next().await?;
+        let (own, _) = next().await?;
+        let (shared, file) = next().await?;
         assert_eq!((version, own, shared), (VERSION, i64::from(OWN_PEER.0), -1), "the doorbell server's first words");
         let mut uuid = [0; 16];
         rustix::io::pread(file.expect("the shared memory"), &mut uuid, 0)?;
@@ -75,10 +73,10 @@ impl Doorbell {
     }
 
     /// Takes what the server announces, until it closes the connection.
-    pub(crate) async fn serve(self: Rc<Self>, stream: tokio::net::UnixStream) {
+    pub(crate) async fn serve(self: Rc<Self>, stream: ServerStream) {
         while stream.readable().await.is_ok() {
             self.world.hesitate().await;
-            let Ok((id, file)) = message(&stream).await else { return };
+            let Ok(Some((id, file))) = stream.recv().await else { return };
             let id = PeerId(u16::try_from(id).unwrap());
             match file {
                 Some(file) if id == OWN_PEER => self.add_vector(file),
@@ -208,31 +206,4 @@ impl Drop for Doorbell {
     fn drop(&mut self) {
         self.world.forget_eventfds(self.number);
     }
-}
-
-pub(crate) fn connect(path: &std::path::Path) -> io::Result<tokio::net::UnixStream> {
-    let stream = UnixStream::connect(path)?;
-    stream.set_nonblocking(true)?;
-    tokio::net::UnixStream::from_std(stream)
-}
-
-async fn message(stream: &tokio::net::UnixStream) -> io::Result<(i64, Option<OwnedFd>)> {
-    stream
-        .async_io(Interest::READABLE, || {
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-            let mut control = RecvAncillaryBuffer::new(&mut space);
-            let mut bytes = [0; 8];
-            let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
-            let received = recvmsg(stream.as_fd(), &mut [IoSliceMut::new(&mut bytes)], &mut control, flags)?;
-            if received.bytes == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-            assert_eq!(received.bytes, 8, "messages of an ivshmem server have 8 bytes");
-            let file = control.drain().find_map(|message| match message {
-                RecvAncillaryMessage::ScmRights(mut files) => files.next(),
-                _ => None,
-            });
-            Ok((i64::from_le_bytes(bytes), file))
-        })
-        .await
 }

@@ -19,9 +19,10 @@ use vvu_protocol::memory::{MAX_TABLE_REGIONS, MemoryRegion};
 use vvu_protocol::message::{BackEndReply, BackEndRequest, ConfigSpace, FrontEndRequest, ShmemMap};
 use vvu_protocol::window::{FileId, MEMORY_OFFSET};
 use vvu_socket::MessageSocket;
+use vvu_socket::ivshmem::ServerStream;
 
 use super::device::{Device, Gone, Vring};
-use super::doorbell::{self, Doorbell};
+use super::doorbell::Doorbell;
 use super::file::{MappedFile, identity};
 use super::ring::{self, DriverRing};
 use super::world::World;
@@ -102,7 +103,7 @@ impl Vmm {
         };
         let (control, control_back, control_task) = connect("control", 2, CONFIG_LEN).await?;
         let (window, window_back, window_task) = connect("window", 1, 16).await?;
-        let stream = doorbell::connect(&world.directory.join("doorbell.sock")).map_err(|_| Gone)?;
+        let stream = ServerStream::connect(&world.directory.join("doorbell.sock")).map_err(|_| Gone)?;
         let doorbell = Doorbell::new(number, world);
         doorbell.set_up(&stream).await.map_err(|_| Gone)?;
         let vmm = Rc::new(Self {
