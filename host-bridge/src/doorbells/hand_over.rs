@@ -3,7 +3,8 @@
 //! A kick eventfd becomes the next vector of the appliance's own device, a call eventfd a peer with a fresh id. Rules of QEMU
 //! that stand behind it:
 //! - Vectors can be added and not be taken back. The same eventfd under two of them would lose kicks, since QEMU reads all
-//!   that it was ever given: so an eventfd keeps its vector, and every one is remembered.
+//!   that it was ever given: so an eventfd keeps its vector, and every one is remembered. Nothing but its number is held here
+//!   for that: QEMU has it open for as long as it lives, so no other eventfd gets the number.
 //! - A peer's id is never used again. A driver that masks and unmasks an interrupt makes its VMM swap two eventfds all the time:
 //!   so they are remembered, too, and what was not used for long is withdrawn.
 //! - A descriptor that QEMU receives gets O_NONBLOCK taken away, and set again a moment later in the same turn of its main
@@ -28,7 +29,6 @@ const PEERS_PER_QUEUE: usize = 4;
 struct KnownPeer {
     identity: Identity,
     id: PeerId,
-    descriptor: Rc<OwnedFd>,
 }
 
 /// What one appliance's VMM was given.
@@ -37,7 +37,6 @@ pub(super) struct HandOver {
     port: DoorbellPort,
     readers: Rc<Readers>,
     own: Option<ReaderId>,
-    /// Keeps what was given open: an identity means nothing without it.
     given: Given,
     vectors: BTreeMap<Identity, Vector>,
     next_vector: u16,
@@ -123,7 +122,7 @@ impl HandOver {
         };
         self.give(id, descriptor)?;
         self.next_peer += 1;
-        self.peers.push(KnownPeer { identity, id, descriptor: Rc::clone(descriptor) });
+        self.peers.push(KnownPeer { identity, id });
         self.withdraw_surplus(in_use);
         Some(id)
     }
@@ -133,27 +132,25 @@ impl HandOver {
         let older = self.peers.len().saturating_sub(1);
         let unused = self.peers.iter().take(older).position(|known| !in_use.contains(&known.id));
         if let Some(index) = unused.filter(|_| self.peers.len() > self.peers_max) {
-            let surplus = self.peers.remove(index);
-            self.withdraw(&surplus);
+            let KnownPeer { id, .. } = self.peers.remove(index);
+            self.port.send(ServerMessage::Gone(id));
         }
     }
 
     /// The front-end is gone, and the appliance uses none of its eventfds.
     pub(super) fn withdraw_peers(&mut self) {
-        for known in std::mem::take(&mut self.peers) {
-            self.withdraw(&known);
+        for KnownPeer { id, .. } in self.peers.drain(..) {
+            self.port.send(ServerMessage::Gone(id));
         }
-    }
-
-    fn withdraw(&mut self, peer: &KnownPeer) {
-        self.port.send(ServerMessage::Gone(peer.id));
-        self.given.borrow_mut().retain(|given| !Rc::ptr_eq(given, &peer.descriptor));
     }
 
     fn give(&mut self, id: PeerId, descriptor: &Rc<OwnedFd>) -> Option<()> {
         let prepared = event::signal(descriptor).and_then(|()| descriptor.try_clone());
         let duplicate = prepared.inspect_err(|error| tracing::warn!(%error, "eventfd is relayed")).ok()?;
-        self.given.borrow_mut().push(Rc::clone(descriptor));
+        let mut given = self.given.borrow_mut();
+        given.retain(|earlier| earlier.strong_count() > 0);
+        given.push(Rc::downgrade(descriptor));
+        drop(given);
         if self.own.is_none()
             && let Some(hang_up) = self.port.take_hang_up()
         {

@@ -19,8 +19,8 @@ use vvu_socket::HangUp;
 /// one that was told first is forgotten.
 const READERS_MAX: usize = 8;
 
-/// Eventfds that a VMM was given. They only become more.
-pub(super) type Given = Rc<RefCell<Vec<Rc<OwnedFd>>>>;
+/// Eventfds that a VMM was given, as far as the front-end's session still has them.
+pub(super) type Given = Rc<RefCell<Vec<Weak<OwnedFd>>>>;
 
 /// Names a VMM among those of a bridge.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -77,7 +77,7 @@ async fn await_end(readers: Weak<Readers>, id: ReaderId, hang_up: HangUp, given:
     if let Err(error) = hang_up.happened().await {
         tracing::warn!(%error, "the end of an appliance's VMM cannot be awaited");
     }
-    given.borrow().iter().for_each(|descriptor| restore(descriptor));
+    given.borrow().iter().filter_map(Weak::upgrade).for_each(|descriptor| restore(&descriptor));
     if let Some(readers) = readers.upgrade() {
         readers.known.borrow_mut().readers.remove(&id);
         readers.ended.notify_waiters();

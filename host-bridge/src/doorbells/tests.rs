@@ -106,13 +106,14 @@ fn handed_over(vectors: u16, readers: &Rc<Readers>) -> (Doorbells, UnixStream) {
 }
 
 /// The numbers that the client is sent next.
-fn messages(client: &UnixStream, count: usize) -> Vec<i64> {
-    let next = || {
+async fn messages(client: &UnixStream, count: usize) -> Vec<i64> {
+    let mut client = client.try_clone().unwrap();
+    let next = move || {
         let mut bytes = [0; 8];
-        std::io::Read::read_exact(&mut &*client, &mut bytes).unwrap();
+        std::io::Read::read_exact(&mut client, &mut bytes).unwrap();
         i64::from_le_bytes(bytes)
     };
-    std::iter::repeat_with(next).take(count).collect()
+    tokio::task::spawn_blocking(move || std::iter::repeat_with(next).take(count).collect()).await.unwrap()
 }
 
 /// Version, own id and shared memory.
@@ -134,7 +135,7 @@ async fn an_eventfd_keeps_its_vector_and_its_peer() {
             let peers = [&one, &other, &again].map(|call| doorbells.peer(1, OutwardSignal::Call, Some(call)));
             assert_eq!(peers, [6, 7, 6].map(|peer| Some(PeerId(peer))));
             settle().await;
-            assert_eq!(messages(&client, INTRODUCTION + 4)[INTRODUCTION..], [0, 0, 6, 7]);
+            assert_eq!(messages(&client, INTRODUCTION + 4).await[INTRODUCTION..], [0, 0, 6, 7]);
             doorbells.all_known().await.unwrap();
         })
         .await;
@@ -151,7 +152,7 @@ async fn nobody_hears_of_a_vector_before_the_vmm_has_read_of_it() {
             for _ in 0..INTRODUCTION + 2 {
                 let known = tokio::time::timeout(Duration::from_millis(5), doorbells.all_known()).await;
                 assert!(known.is_err(), "it is known before it was read");
-                messages(&client, 1);
+                messages(&client, 1).await;
             }
             doorbells.all_known().await.unwrap();
         })
@@ -197,7 +198,7 @@ async fn peers_that_are_not_used_any_more_are_withdrawn() {
             doorbells.withdraw_peers();
             assert_eq!(doorbells.peer(0, OutwardSignal::Call, Some(&first)), Some(PeerId(15)), "ids are used once");
             settle().await;
-            let messages = messages(&client, INTRODUCTION + 19);
+            let messages = messages(&client, INTRODUCTION + 19).await;
             let sent: Vec<_> = (6..15).chain([7, 8, 9, 10, 11, 12, 13, 14, 6, 15]).collect();
             assert_eq!(messages[INTRODUCTION..], sent);
         })
