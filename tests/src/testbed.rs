@@ -149,11 +149,11 @@ pub fn machine_test(name: &str, story: impl FnOnce(&Testbed) -> Result<()>) -> R
     machine_test_in(Testbed::open(name, Turn::Shared)?, name, story)
 }
 
-/// The same for a test whose verdict is about time: no other one runs.
+/// The same for a test whose verdict depends on how busy the machine is: no other one runs.
 ///
 /// # Errors
 /// As [`machine_test`].
-pub fn timed_machine_test(name: &str, story: impl FnOnce(&Testbed) -> Result<()>) -> Result<()> {
+pub fn machine_test_alone(name: &str, story: impl FnOnce(&Testbed) -> Result<()>) -> Result<()> {
     machine_test_in(Testbed::open(name, Turn::Alone)?, name, story)
 }
 

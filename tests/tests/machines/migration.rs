@@ -11,7 +11,7 @@ use anyhow::{Result, ensure};
 use vvu_tests::backend::{Backend, Served, ServedImage};
 use vvu_tests::driver_vm::{Disk, DriverVm, DriverVmPlan};
 use vvu_tests::image_file::{create, sha256_of_part};
-use vvu_tests::testbed::{Testbed, machine_test};
+use vvu_tests::testbed::{Testbed, machine_test_alone};
 use vvu_tests::witness::{Load, Witness, check_kernel_log};
 
 const MIB: u64 = 1 << 20;
@@ -94,9 +94,12 @@ fn plan<'a>(testbed: &'a Testbed, name: &str, served: &Served) -> DriverVmPlan<'
 /// was sent once is on the other side as the disk has it), drained rings and their exact
 /// positions, to another bridge and appliance, and back; before that a migration that is cancelled, so that logging is
 /// switched on and off under load. The image at the end is what the machine has written.
+///
+/// Alone: QEMU's TCG enters a store of a vCPU into its dirty bitmap before the store is done, and the thread that migrates
+/// may have fetched bit and page in between. On a machine busy enough, a word of the ledger stays behind.
 #[test]
 fn a_driver_vm_migrates_there_and_back_under_load() -> Result<()> {
-    machine_test("a_driver_vm_migrates_there_and_back_under_load", |testbed| {
+    machine_test_alone("a_driver_vm_migrates_there_and_back_under_load", |testbed| {
         let image = image(testbed)?;
         let served = ServedImage::writable(&image).shared();
         let serve = |name| Backend::chosen()?.serve(testbed, name, &served);

@@ -6,7 +6,7 @@ use vvu_tests::loss::{self, Loss};
 use vvu_tests::network::stream::Stream;
 use vvu_tests::network::wire::{End, Wire};
 use vvu_tests::network::{Port, ServedSwitch};
-use vvu_tests::testbed::{Testbed, machine_test};
+use vvu_tests::testbed::{Testbed, machine_test, machine_test_alone};
 use vvu_tests::vvu_run::VvuRun;
 
 /// Memory of a driver VM, in MiB.
@@ -53,10 +53,11 @@ fn a_stream_outlives_every_loss() -> Result<()> {
 
 /// Path: a driver VM migrates under a TCP stream from a switch to another appliance, and back; the appliances' uplinks are
 /// joined by a cable, as two hosts would be. Its first frame from the new place is the announcement by which the other
-/// switch learns where it is now: QEMU has the back-end send it, the guest being told nothing.
+/// switch learns where it is now: QEMU has the back-end send it, the guest being told nothing. Alone, as
+/// the disk's migration is.
 #[test]
 fn a_stream_follows_a_driver_vm_that_migrates() -> Result<()> {
-    machine_test("a_stream_follows_a_driver_vm_that_migrates", |testbed| {
+    machine_test_alone("a_stream_follows_a_driver_vm_that_migrates", |testbed| {
         let wire = Wire::lay(testbed)?;
         let (mover, peer) = (Port::new(testbed, 1), Port::new(testbed, 2));
         // The same station behind another socket.

@@ -11,7 +11,7 @@ use vvu_tests::driver_vm::{Disk, DriverVm, DriverVmPlan};
 use vvu_tests::image_file::{sha256, sha256_of_part};
 use vvu_tests::loss::{self, Loss};
 use vvu_tests::process::output_of;
-use vvu_tests::testbed::timed_machine_test;
+use vvu_tests::testbed::machine_test_alone;
 use vvu_tests::vvu_run::VvuRun;
 use vvu_tests::witness::{Load, Witness, check_kernel_log};
 
@@ -27,7 +27,7 @@ const LIMITED_REQUESTS: u32 = 75;
 /// as QEMU's tools find it: consistent, with all that was written, over a backing file that nobody has touched.
 #[test]
 fn a_qcow2_disk_survives_losses_and_keeps_to_limits() -> Result<()> {
-    timed_machine_test("a_qcow2_disk_survives_losses_and_keeps_to_limits", |testbed| {
+    machine_test_alone("a_qcow2_disk_survives_losses_and_keeps_to_limits", |testbed| {
         let setup = testbed.setup();
         let base = testbed.folder().join("base.img");
         let mut base_file = File::create(&base)?;

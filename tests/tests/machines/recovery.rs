@@ -8,7 +8,7 @@ use vvu_tests::backend::ServedImage;
 use vvu_tests::driver_vm::{Disk, DriverVmPlan};
 use vvu_tests::image_file::create;
 use vvu_tests::loss::{self, Loss};
-use vvu_tests::testbed::timed_machine_test;
+use vvu_tests::testbed::machine_test_alone;
 use vvu_tests::vvu_run::VvuRun;
 use vvu_tests::witness::{Load, Witness, check_kernel_log};
 
@@ -23,7 +23,7 @@ const UNMEASURED: Duration = Duration::from_millis(1500);
 /// VM is replaced by `vvu upgrade`, twice, drained first.
 #[test]
 fn every_loss_is_a_pause() -> Result<()> {
-    timed_machine_test("every_loss_is_a_pause", |testbed| {
+    machine_test_alone("every_loss_is_a_pause", |testbed| {
         let image = create(&testbed.folder().join("disk.img"), 64 * MIB)?;
         let mut run = VvuRun::start_with(testbed, "disk", &ServedImage::writable(&image), &loss::OPTIONS)?;
         let mut witness = Witness::new(testbed, "witness", 1, Load::default())?;
