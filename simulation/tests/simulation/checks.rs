@@ -20,7 +20,7 @@ pub(crate) fn moment(world: &World) -> Moment {
 }
 
 /// Whether the front-end is served by an appliance, and nothing is about to change that.
-fn is_served() -> bool {
+pub(crate) fn is_served() -> bool {
     let (life, _) = log::life();
     life.starts_with("front-end connected, appliance attached") && !life.ends_with("standby ready")
 }

@@ -21,7 +21,8 @@ use super::{Ended, FrontEnd};
 #[derive(Debug)]
 pub(super) struct Interrupt {
     pub(super) event: Rc<Event>,
-    /// The moment when the vring was stopped. As long as it is the same, no call may come; a replay signals all.
+    /// The moment when the vring was stopped, unless a replay was to come. As long as it is the same, no call may come; a
+    /// replay signals all, and what it hands over even before it is done.
     pub(super) quiet: Rc<Cell<Option<checks::Moment>>>,
     _task: OwnedTask,
 }
@@ -177,7 +178,7 @@ impl FrontEnd {
         let events = [self.masks[place].as_ref().map(event::take), Some(event::take(&*self.interrupts[place].event))];
         assert!(events.iter().flatten().all(Result::is_ok));
         self.masks[place] = None;
-        self.interrupts[place].quiet.set(Some(checks::moment(&self.world)));
+        self.interrupts[place].quiet.set(checks::is_served().then(|| checks::moment(&self.world)));
         let used = self.machine.queues.borrow()[place].used_index();
         assert_eq!(base, used, "queue {queue} is stopped: the answer, and what was completed");
         self.machine.harvest(place);
