@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use crate::SetupError;
 use crate::command::{line_of, name_of, output_of};
 use crate::error::at;
+use crate::run::Lock;
 
 /// Where Debian's package `debian-archive-keyring` has the keys of the archive, newest name first.
 const KEYRINGS: [&str; 2] =
@@ -44,13 +45,14 @@ pub(crate) struct Package {
 }
 
 /// A private apt for some suites of one mirror.
-pub(crate) struct Apt {
+pub(crate) struct Apt<'a> {
     directory: PathBuf,
+    lock: &'a Lock,
 }
 
-impl Apt {
+impl<'a> Apt<'a> {
     /// Writes the configuration into `directory` and fetches the lists of packages.
-    pub(crate) fn open(directory: &Path, mirror: &str, suites: &[String]) -> Result<Self, SetupError> {
+    pub(crate) fn open(directory: &Path, mirror: &str, suites: &[String], lock: &'a Lock) -> Result<Self, SetupError> {
         for part in ["lists/partial", "archives/partial", "empty/partial"] {
             let path = directory.join(part);
             fs::create_dir_all(&path).map_err(at(path))?;
@@ -65,7 +67,7 @@ impl Apt {
             let path = directory.join(name);
             fs::write(&path, text).map_err(at(path))?;
         }
-        let apt = Self { directory: directory.to_owned() };
+        let apt = Self { directory: directory.to_owned(), lock };
         apt.run_with_progress(apt.command("apt-get").arg("update"), "lists of packages")?;
         Ok(apt)
     }
@@ -122,7 +124,11 @@ impl Apt {
     fn run_with_progress(&self, command: &mut Command, what: &str) -> Result<(), SetupError> {
         let log_path = self.directory.join("apt.log");
         let log = File::create(&log_path).map_err(at(&log_path))?;
-        command.args(["--option", "APT::Status-Fd=1"]).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
+        command
+            .args(["--option", "APT::Status-Fd=1"])
+            .stdin(self.lock.as_input().map_err(at(&log_path))?)
+            .stdout(Stdio::piped())
+            .stderr(log);
         let mut child = command.spawn().map_err(|source| SetupError::Start { program: name_of(command), source })?;
         let mut other = String::new();
         if let Some(stdout) = child.stdout.take() {

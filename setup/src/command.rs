@@ -4,12 +4,15 @@ use std::process::{Command, Stdio};
 
 use crate::SetupError;
 
-/// What a program wrote on standard output.
+/// What a program wrote on standard output, with nothing to read.
 pub(crate) fn output_of(command: &mut Command) -> Result<String, SetupError> {
-    let output = command
-        .stdin(Stdio::null())
-        .output()
-        .map_err(|source| SetupError::Start { program: name_of(command), source })?;
+    output_with(command, Stdio::null())
+}
+
+/// The same with a standard input.
+pub(crate) fn output_with(command: &mut Command, input: Stdio) -> Result<String, SetupError> {
+    let output =
+        command.stdin(input).output().map_err(|source| SetupError::Start { program: name_of(command), source })?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     if output.status.success() {
         return Ok(text);

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use crate::error::at;
-use crate::run::{Provider, lock, remove_lists};
+use crate::run::{Lock, Provider, remove_lists};
 use crate::step::Step;
 use crate::{SetupError, cache_root};
 
@@ -38,8 +38,8 @@ impl Extra {
     pub fn root(self) -> Result<PathBuf, SetupError> {
         let cache = cache_root()?;
         fs::create_dir_all(&cache).map_err(at(&cache))?;
-        let _lock = lock(&cache)?;
-        let provider = Provider::new(&cache)?;
+        let lock = Lock::take(&cache)?;
+        let provider = Provider::new(&cache, &lock)?;
         if provider.is_foreign() {
             for program in self.programs() {
                 provider.installed(program)?;

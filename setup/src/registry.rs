@@ -5,9 +5,9 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 
-use crate::command::output_of;
+use crate::command::output_with;
 use crate::error::at;
-use crate::run::lock;
+use crate::run::Lock;
 use crate::{SetupError, cache_root};
 
 /// Names the target, so that flags do not reach build scripts.
@@ -52,7 +52,7 @@ impl RegistryProgram {
         let (name, version) = self.crate_and_version();
         let all = cache.join("crates");
         fs::create_dir_all(&all).map_err(at(&all))?;
-        let _lock = lock(&cache)?;
+        let lock = Lock::take(&cache)?;
         let root = all.join(format!("{name}-{version}"));
         if root.exists() {
             return Ok(root);
@@ -87,7 +87,7 @@ impl RegistryProgram {
             .env("CARGO_PROFILE_DEV_STRIP", "symbols")
             .env_remove("CARGO_ENCODED_RUSTFLAGS")
             .env_remove("CARGO_TARGET_DIR");
-        output_of(&mut command)?;
+        output_with(&mut command, lock.as_input().map_err(at(&cache))?)?;
         fs::remove_dir_all(&build).map_err(at(&build))?;
         fs::rename(&fresh, &root).map_err(at(&root))?;
         Ok(root)

@@ -1,10 +1,11 @@
 //! The set-up itself: decides what is there, fetches the rest, and writes the record.
 
 use std::fs::{self, File};
+use std::io;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 
 use rustix::fs::{FlockOperation, flock};
-use rustix::io::{FdFlags, fcntl_setfd};
 
 use crate::apt::{Apt, Package, Selection};
 use crate::error::at;
@@ -40,8 +41,8 @@ type Tools = [PathBuf; 3];
 pub fn run(options: &SetupOptions) -> Result<Setup, SetupError> {
     let cache = cache_root()?;
     fs::create_dir_all(&cache).map_err(at(&cache))?;
-    let _lock = lock(&cache)?;
-    let provider = Provider::new(&cache)?;
+    let lock = Lock::take(&cache)?;
+    let provider = Provider::new(&cache, &lock)?;
     let (qemu, tools) = provider.qemu(options)?;
     let version = qemu::check(&qemu)?;
     let kernel = provider.kernel(options)?;
@@ -76,30 +77,42 @@ pub(crate) fn remove_lists(cache: &Path) -> Result<(), SetupError> {
     Ok(())
 }
 
-/// Takes the cache for this process and its children, and waits for another set-up to end.
-pub(crate) fn lock(cache: &Path) -> Result<File, SetupError> {
-    let path = cache.join("lock");
-    let file = File::create(&path).map_err(at(&path))?;
-    // An apt that outlives a killed set-up must keep the next one waiting.
-    fcntl_setfd(&file, FdFlags::empty()).map_err(|error| at(&path)(error.into()))?;
-    if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
-        eprintln!("setup: waiting for another set-up to end");
-        flock(&file, FlockOperation::LockExclusive).map_err(|error| at(&path)(error.into()))?;
+/// The cache, taken for this process and those of its children that are given it.
+#[derive(Debug)]
+pub(crate) struct Lock(File);
+
+impl Lock {
+    /// Waits for another set-up to end.
+    pub(crate) fn take(cache: &Path) -> Result<Self, SetupError> {
+        let path = cache.join("lock");
+        let file =
+            File::options().read(true).write(true).create(true).truncate(false).open(&path).map_err(at(&path))?;
+        if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+            eprintln!("setup: waiting for another set-up to end");
+            flock(&file, FlockOperation::LockExclusive).map_err(|error| at(&path)(error.into()))?;
+        }
+        Ok(Self(file))
     }
-    Ok(file)
+
+    /// An empty standard input that holds the lock: a child that outlives a killed set-up must keep the next one waiting. No
+    /// other child may have it, for whatever another thread starts meanwhile may live long.
+    pub(crate) fn as_input(&self) -> io::Result<Stdio> {
+        self.0.try_clone().map(Stdio::from)
+    }
 }
 
 /// Where things come from on this machine.
 pub(crate) struct Provider<'a> {
     cache: &'a Path,
+    lock: &'a Lock,
     /// Debian's mirror and the machine's release, or why this is no Debian.
     debian: Result<distribution::Debian, String>,
     search: Option<std::ffi::OsString>,
 }
 
 impl<'a> Provider<'a> {
-    pub(crate) fn new(cache: &'a Path) -> Result<Self, SetupError> {
-        Ok(Self { cache, debian: distribution::detect()?, search: std::env::var_os("PATH") })
+    pub(crate) fn new(cache: &'a Path, lock: &'a Lock) -> Result<Self, SetupError> {
+        Ok(Self { cache, lock, debian: distribution::detect()?, search: std::env::var_os("PATH") })
     }
 
     /// Whether no packages can be unpacked.
@@ -194,7 +207,8 @@ impl<'a> Provider<'a> {
         }
         let debian = self.debian.as_ref().map_err(|why| SetupError::Unsupported { why: why.clone() })?;
         eprintln!("setup: {} from {}: lists of packages", step.what, step.suites.join(" and "));
-        let apt = Apt::open(&self.cache.join("apt").join(step.suites.join("+")), &debian.mirror, &step.suites)?;
+        let apt =
+            Apt::open(&self.cache.join("apt").join(step.suites.join("+")), &debian.mirror, &step.suites, self.lock)?;
         let selection = match &step.wanted {
             Wanted::Packages(selection) => selection.clone(),
             Wanted::DependencyOf(meta) => Selection::Alone(apt.dependency_of(meta)?),
