@@ -33,18 +33,15 @@ impl Relay<'_> {
         Ok(())
     }
 
-    /// The same appliance may still have mapped what a request was about that was under way when the back-end was lost, beside
-    /// what it was to replace: both areas have room for two. Which log is which does not show, for the page that stands for
-    /// the end of one is none of its file: neither stays. The bits are in the page, not in its mapping.
+    /// The same appliance may still have mapped what a request was about that was under way when the back-end was lost, or a
+    /// replay that was, beside what it was to replace: both areas have room for two. Which log is which does not show, for the
+    /// page that stands for the end of one is none of its file: none stays. The bits are in the page, not in its mapping.
     async fn unmap_leftovers(&mut self) -> Result<(), SessionError> {
         let inflight = self.session.state.inflight().map(|(_, file)| file_identity(&file)).transpose()?;
         let mut kept = self.mapped_in(Area::INFLIGHT);
         kept.retain(|span| inflight.is_some_and(|(file, _)| file == span.file));
         self.keep_only(Area::INFLIGHT, &kept).await?;
-        match &self.session.under_way {
-            Some(UnderWay { request: FrontEndRequest::SetLogBase(..), .. }) => self.keep_only(Area::LOG, &[]).await,
-            _ => Ok(()),
-        }
+        self.keep_only(Area::LOG, &[]).await
     }
 
     /// Checks that the back-end offers what was negotiated, and negotiates it again.
