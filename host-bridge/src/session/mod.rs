@@ -153,6 +153,8 @@ pub struct Session {
     state: DeviceState,
     link: Link,
     under_way: Option<UnderWay>,
+    /// A back-end is being brought to the state of the one before, or was lost while it was.
+    attaches: bool,
     /// What the back-end offers, the front-end's knowledge or not.
     back_end_protocol: ProtocolFeatures,
     /// Stands in the window for the end of the dirty log.
@@ -165,7 +167,7 @@ impl Session {
     pub fn new(number: u32, front_end: MessageSocket) -> Self {
         let (state, link) = (DeviceState::default(), Link::default());
         let back_end_protocol = ProtocolFeatures::empty();
-        Self { number, front_end, state, link, under_way: None, back_end_protocol, log_tail: None }
+        Self { number, front_end, state, link, under_way: None, attaches: false, back_end_protocol, log_tail: None }
     }
 
     /// Shows the agent that a front-end is there, as the protocol's session `attachment`, and brings the back-end to the

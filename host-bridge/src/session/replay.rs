@@ -20,12 +20,14 @@ impl Relay<'_> {
         self.appliance.control.commands.connect(attachment).await?;
         let is_fresh = self.session.state.offered().is_none() && self.session.state.offered_protocol().is_none();
         self.unmap_leftovers().await?;
+        self.session.attaches = true;
         self.negotiate().await?;
         let steps = self.session.state.steps();
         let step_count = steps.len();
         for step in steps {
             self.take_step(step).await?;
         }
+        self.session.attaches = false;
         if !is_fresh || step_count > 0 {
             self.wake_both_sides();
             tracing::info!(session = self.session.number, attachment, step_count, "the back-end has taken over");
@@ -35,13 +37,17 @@ impl Relay<'_> {
 
     /// The same appliance may still have mapped what a request was about that was under way when the back-end was lost, or a
     /// replay that was, beside what it was to replace: both areas have room for two. Which log is which does not show, for the
-    /// page that stands for the end of one is none of its file: none stays. The bits are in the page, not in its mapping.
+    /// page that stands for the end of one is none of its file: neither stays. The bits are in the page, not in its mapping.
     async fn unmap_leftovers(&mut self) -> Result<(), SessionError> {
         let inflight = self.session.state.inflight().map(|(_, file)| file_identity(&file)).transpose()?;
         let mut kept = self.mapped_in(Area::INFLIGHT);
         kept.retain(|span| inflight.is_some_and(|(file, _)| file == span.file));
         self.keep_only(Area::INFLIGHT, &kept).await?;
-        self.keep_only(Area::LOG, &[]).await
+        match &self.session.under_way {
+            Some(UnderWay { request: FrontEndRequest::SetLogBase(..), .. }) => self.keep_only(Area::LOG, &[]).await,
+            _ if self.session.attaches => self.keep_only(Area::LOG, &[]).await,
+            _ => Ok(()),
+        }
     }
 
     /// Checks that the back-end offers what was negotiated, and negotiates it again.
