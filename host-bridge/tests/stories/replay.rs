@@ -326,3 +326,29 @@ async fn a_replay_may_be_cut_short_anywhere() {
     assert_eq!(scene.vmm.driver_mappings().len(), 2);
     assert!(!front_end.has_message(), "the front-end has noticed");
 }
+
+/// The back-end is lost again and again when a replay has just mapped the log: the window does not fill up with the pages that
+/// stand for its end.
+#[tokio::test]
+async fn logs_of_replays_that_were_cut_short_do_not_pile_up() {
+    let (mut scene, mut front_end) = Scene::connected_with(offered(), offered()).await;
+    told(&mut front_end, &mut scene.agent, DriverMemory::new(8 << 20).pc_table()).await;
+    let log = R::SetLogBase(LogArea { size: 0x80, mmap_offset: FileOffset(0) }, memory_file(0x80));
+    exchange(&mut front_end, &mut scene.agent, log, A::LogBase).await;
+    let before = scene.vmm.driver_mappings().len();
+    scene.back_end_restarts().await;
+    for _ in 0..4 {
+        loop {
+            let answer = match scene.agent.request().await {
+                R::SetLogBase(..) => break,
+                R::GetFeatures | R::GetProtocolFeatures => A::Number(u64::MAX),
+                _ => A::Acknowledgement(0),
+            };
+            scene.agent.answer(answer).await;
+        }
+        scene.back_end_restarts().await;
+    }
+    scene.replay(&front_end).await;
+    assert_eq!(scene.vmm.driver_mappings().len(), before);
+    assert!(!front_end.has_message(), "the front-end has noticed");
+}
