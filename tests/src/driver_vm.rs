@@ -232,7 +232,8 @@ impl DriverVm {
         let [chardev, properties] = disk.plugged_as(PLUGGED);
         self.qmp.execute_with("chardev-add", &chardev)?;
         self.qmp.execute_with("device_add", &properties)?;
-        self.run(&format!("until test -b {device}; do sleep 0.1; done")).map(drop)
+        // The node comes a moment before the disk can be opened.
+        self.run(&format!("until (: < {device}) 2> /dev/null; do sleep 0.1; done")).map(drop)
     }
 
     /// Unplugs that disk: asks the kernel to let go of it, waits until it has, and closes the connection to the back-end.

@@ -146,7 +146,8 @@ fn virtiofsd_shares_a_file_system_of_the_appliance() -> Result<()> {
     })
 }
 
-/// Runs the POSIX suite, of which all must hold but what is about device nodes: nobody in the appliance may make one.
+/// Runs the POSIX suite, of which all must hold but what is about device nodes, which nobody in the appliance may make, and
+/// about programs that run: the suite copies `sleep`, which is busybox here and ends at once under another name.
 fn check_posix_rules(vm: &mut DriverVm, mount_point: &str) -> Result<()> {
     vm.run("printf '%s\\n' root:x:0:0::/:/bin/sh nobody:x:65534:65534::/:/bin/sh tests:x:1001:1001::/:/bin/sh > /etc/passwd")?;
     vm.run("printf '%s\\n' root:x:0: nobody:x:65534: tests:x:1001: > /etc/group")?;
@@ -158,8 +159,9 @@ fn check_posix_rules(vm: &mut DriverVm, mount_point: &str) -> Result<()> {
     let suite = format!("chmod 755 {mount_point}; pjdfstest -c /tmp/suite.toml -p {mount_point} > /tmp/suite.log 2>&1");
     let running = vm.start(&suite)?;
     vm.finish(running, SUITE_PATIENCE)?;
-    let failed =
-        vm.run("grep 'FAILED *$' /tmp/suite.log | grep -v '::block \\|::char '; grep ^Summary /tmp/suite.log")?;
+    let failed = vm.run(
+        "grep 'FAILED *$' /tmp/suite.log | grep -v '::block \\|::char \\|::etxtbsy '; grep ^Summary /tmp/suite.log",
+    )?;
     let summary = failed.strip_prefix("Summary: ").with_context(|| format!("not as POSIX says:\n{failed}"))?;
     let passed = summary.split(", ").find_map(|part| part.strip_suffix(" passed")?.parse::<u32>().ok());
     ensure!(passed.is_some_and(|passed| passed > 300), "{summary}");
