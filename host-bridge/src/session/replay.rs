@@ -43,11 +43,9 @@ impl Relay<'_> {
         let mut kept = self.mapped_in(Area::INFLIGHT);
         kept.retain(|span| inflight.is_some_and(|(file, _)| file == span.file));
         self.keep_only(Area::INFLIGHT, &kept).await?;
-        match &self.session.under_way {
-            Some(UnderWay { request: FrontEndRequest::SetLogBase(..), .. }) => self.keep_only(Area::LOG, &[]).await,
-            _ if self.session.attaches => self.keep_only(Area::LOG, &[]).await,
-            _ => Ok(()),
-        }
+        let log_was_under_way =
+            matches!(self.session.under_way, Some(UnderWay { request: FrontEndRequest::SetLogBase(..), .. }));
+        if log_was_under_way || self.session.attaches { self.keep_only(Area::LOG, &[]).await } else { Ok(()) }
     }
 
     /// Checks that the back-end offers what was negotiated, and negotiates it again.
