@@ -5,6 +5,7 @@
 //! - [`queue`]: a ring with its events, and how it is started and stopped;
 //! - [`process`]: the back-end as a program, with its log;
 //! - [`event`]: waits, each with a limit that only a failure reaches;
+//! - [`pauses`]: time between requests;
 //! - [`allocations`]: how often memory is allocated.
 //!
 //! The tests of `vvu-back-end`, `vvu-blk` and `vvu-net` use it, and add what their devices' drivers do. It never checks a
@@ -20,6 +21,7 @@
 pub mod allocations;
 pub mod event;
 pub mod front_end;
+pub mod pauses;
 pub mod process;
 pub mod queue;
 pub mod ring;

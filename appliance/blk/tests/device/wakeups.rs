@@ -1,6 +1,6 @@
 //! No notification is lost: the driver notifies only when it is asked to, and waits for the call then.
 
-use std::time::{Duration, Instant};
+use vvu_test_driver::pauses::Pauses;
 
 use crate::driver::{DATA, EVENT_IDX, FrontEnd, Req, is_signalled};
 use crate::process::Program;
@@ -18,14 +18,9 @@ fn exchange(mode: &str, event_idx: bool) -> u32 {
     let choose = |offered: u64| if event_idx { offered } else { offered & !EVENT_IDX };
     let mut front_end = FrontEnd::connect_with(&program.socket(), choose);
     let mut queue = front_end.queue(0, 64);
-    let (mut state, mut published, mut kicks) = (7u64, 0, 0);
+    let (mut pauses, mut published, mut kicks) = (Pauses::shorter_than(LONGEST_PAUSE_NS), 0, 0);
     for number in 0..REQUESTS {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        let pause = Duration::from_nanos((state >> 33) % LONGEST_PAUSE_NS);
-        let start = Instant::now();
-        while start.elapsed() < pause {
-            std::hint::spin_loop();
-        }
+        pauses.spin();
         queue.offer_request(&front_end.memory, 0, &Req::read(0, DATA, 512));
         if queue.publish_and_look(&front_end.memory, event_idx, &mut published) {
             kicks += 1;

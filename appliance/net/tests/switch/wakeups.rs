@@ -1,8 +1,7 @@
 //! No notification is lost: the driver notifies only when it is asked to, and waits for the call then.
 
-use std::time::{Duration, Instant};
-
 use vvu_test_driver::event::is_signalled;
+use vvu_test_driver::pauses::Pauses;
 
 use crate::driver::{DATA_ONLY, EVENT_IDX, Machine};
 use crate::frames::{NO_OFFLOAD, between};
@@ -22,14 +21,9 @@ fn exchange(mode: &str, event_idx: bool) -> u32 {
     let mut machine = Machine::connect(&program, 0, features);
     let mut queue = machine.queue(1, 64);
     let frame = between(0, 1, 60);
-    let (mut state, mut published, mut kicks) = (7u64, 0, 0);
+    let (mut pauses, mut published, mut kicks) = (Pauses::shorter_than(LONGEST_PAUSE_NS), 0, 0);
     for number in 0..PACKETS {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        let pause = Duration::from_nanos((state >> 33) % LONGEST_PAUSE_NS);
-        let start = Instant::now();
-        while start.elapsed() < pause {
-            std::hint::spin_loop();
-        }
+        pauses.spin();
         queue.offer_packet(&machine, 0, &NO_OFFLOAD, &frame);
         if queue.publish_and_look(&machine.memory, event_idx, &mut published) {
             kicks += 1;
