@@ -27,6 +27,7 @@ use crate::testbed::{Testbed, Turn, target_dir, workspace_program};
 pub mod back_ends;
 pub mod boot;
 pub mod bridge;
+pub mod devices;
 pub mod memory;
 pub mod network;
 pub mod packets;

@@ -146,6 +146,39 @@ pub struct VvuRun {
     runtime_dir: PathBuf,
 }
 
+/// A run whose device is not ready yet.
+#[derive(Debug)]
+pub struct BeginningRun {
+    vvu: Process,
+}
+
+impl BeginningRun {
+    /// Adds what every run of a test has, and the program for the appliance, and starts.
+    fn spawn(testbed: &Testbed, name: &str, mut command: Command, program: &[String]) -> Result<Self> {
+        let runtime_dir = testbed.runtime_dir()?;
+        command.arg("--json").arg("--qemu").arg(&testbed.setup().qemu).arg("--appliance").arg(appliance_dir()?);
+        command.arg("--log-dir").arg(testbed.folder().join(format!("{name}-logs")));
+        if !program.is_empty() {
+            command.arg("--").args(program);
+        }
+        command.env("XDG_RUNTIME_DIR", &runtime_dir);
+        Ok(Self { vvu: Process::spawn(name, command, testbed.folder())? })
+    }
+
+    /// Waits until its device is ready.
+    ///
+    /// # Errors
+    /// If it does not come up in [`READY_PATIENCE`].
+    pub fn await_ready(self) -> Result<VvuRun> {
+        let Self { mut vvu } = self;
+        let starting: Starting = vvu.await_line("first event", READY_PATIENCE, |line| event(line, "starting"))?;
+        let ready: Ready = vvu.await_line("ready event", READY_PATIENCE, |line| event(line, "ready"))?;
+        let bridge = Watched::open("the bridge", ready.pids.bridge)?;
+        let appliance = Watched::open("the appliance's QEMU", ready.pids.qemu)?;
+        Ok(VvuRun { vvu, bridge, appliance, ready, runtime_dir: starting.runtime_dir })
+    }
+}
+
 impl VvuRun {
     /// Runs `vvu run blk` and waits until its device is ready; `name` is for logs and the socket.
     ///
@@ -160,6 +193,14 @@ impl VvuRun {
     /// # Errors
     /// As [`VvuRun::start`].
     pub fn start_with(testbed: &Testbed, name: &str, image: &ServedImage, options: &[&str]) -> Result<Self> {
+        Self::begin_with(testbed, name, image, options)?.await_ready()
+    }
+
+    /// As [`VvuRun::start_with`] without waiting, so that several can start at once.
+    ///
+    /// # Errors
+    /// If `vvu` or the appliance image are not built.
+    pub fn begin_with(testbed: &Testbed, name: &str, image: &ServedImage, options: &[&str]) -> Result<BeginningRun> {
         let mut command = image.command(workspace_program("vvu", "VVU_BIN")?);
         command.args(["run", "blk", "--image"]).arg(&image.image);
         command.arg("--socket").arg(testbed.socket(&format!("{name}.sock")));
@@ -171,7 +212,7 @@ impl VvuRun {
             command.arg("--share-image");
         }
         command.args(options);
-        Self::launch(testbed, name, command, &[])
+        BeginningRun::spawn(testbed, name, command, &[])
     }
 
     /// Runs a device of another class, with its options, and waits until it is ready.
@@ -211,21 +252,8 @@ impl VvuRun {
         Self::launch(testbed, name, command, program)
     }
 
-    /// Adds what every run of a test has, and the program for the appliance, and starts.
-    fn launch(testbed: &Testbed, name: &str, mut command: Command, program: &[String]) -> Result<Self> {
-        let runtime_dir = testbed.runtime_dir()?;
-        command.arg("--json").arg("--qemu").arg(&testbed.setup().qemu).arg("--appliance").arg(appliance_dir()?);
-        command.arg("--log-dir").arg(testbed.folder().join(format!("{name}-logs")));
-        if !program.is_empty() {
-            command.arg("--").args(program);
-        }
-        command.env("XDG_RUNTIME_DIR", &runtime_dir);
-        let mut vvu = Process::spawn(name, command, testbed.folder())?;
-        let starting: Starting = vvu.await_line("first event", READY_PATIENCE, |line| event(line, "starting"))?;
-        let ready: Ready = vvu.await_line("ready event", READY_PATIENCE, |line| event(line, "ready"))?;
-        let bridge = Watched::open("the bridge", ready.pids.bridge)?;
-        let appliance = Watched::open("the appliance's QEMU", ready.pids.qemu)?;
-        Ok(Self { vvu, bridge, appliance, ready, runtime_dir: starting.runtime_dir })
+    fn launch(testbed: &Testbed, name: &str, command: Command, program: &[String]) -> Result<Self> {
+        BeginningRun::spawn(testbed, name, command, program)?.await_ready()
     }
 
     /// The socket for the driver VM's VMM.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use vvu_tests::backend::Backend;
 use vvu_tests::bench::network::{self, NetworkOptions};
-use vvu_tests::bench::{self, BenchOptions, Runs, back_ends, boot, bridge, memory, packets, paths};
+use vvu_tests::bench::{self, BenchOptions, Runs, back_ends, boot, bridge, devices, memory, packets, paths};
 use vvu_tests::pauses::{self, PausesOptions};
 
 use crate::cli::{Bench, Figure, Measured};
@@ -73,6 +73,7 @@ pub(crate) fn run(workspace: &Workspace, options: &Bench) -> anyhow::Result<()> 
         Figure::Packets => packets::run(runs),
         Figure::Memory => memory::run(options.json),
         Figure::Boot => boot::run(rounds, options.json),
+        Figure::Devices => devices::run(),
         Figure::Pauses => {
             pauses::run(&PausesOptions { rounds: options.rounds.unwrap_or(PAUSES_ROUNDS), json: options.json })
         }

@@ -192,6 +192,8 @@ pub(crate) enum Figure {
     Memory,
     /// What one disk with an appliance VM costs until it is ready, and idle: steps, CPU, memory by kind, wake-ups
     Boot,
+    /// What 1 to 16 disks with an appliance VM each cost together, beside what the model of capacity makes of one
+    Devices,
     /// Instructions of the back-ends per request, counted by callgrind, beside a baseline, and the functions they are in
     Instructions,
     /// The block back-end on the host beside qemu-storage-daemon on the host: what there is without any VM

@@ -24,7 +24,7 @@ use crate::vvu_run::VvuRun;
 const DISK_LEN: u64 = 64 << 20;
 
 /// What follows the start is over after this time.
-const SETTLED_AFTER: Duration = Duration::from_secs(10);
+pub(super) const SETTLED_AFTER: Duration = Duration::from_secs(10);
 
 /// How long idleness is watched.
 const IDLE_TIME: Duration = Duration::from_secs(30);
@@ -53,7 +53,8 @@ pub fn run(rounds: u32, json: bool) -> Result<()> {
     print_tables(&figures, &mut out).context("cannot write the report")
 }
 
-fn measured(run: &VvuRun, setup: &Setup) -> Result<Measured> {
+/// Waits until the run is settled and idle, and looks at it.
+pub(super) fn measured(run: &VvuRun, setup: &Setup) -> Result<Measured> {
     let appliance = run.appliance().pid();
     let others = [run.bridge().pid(), run.vvu().pid()];
     let pids = [appliance, others[0], others[1]];
@@ -122,13 +123,13 @@ fn resident(maps: &[FileMap], wanted: Kind) -> u64 {
 }
 
 /// CPU time of a process's threads so far (`/proc/<pid>/task/<tid>/schedstat`, first field), in ms.
-fn cpu_ms(pid: u32) -> Result<u64> {
+pub(super) fn cpu_ms(pid: u32) -> Result<u64> {
     let nanoseconds = sum_of_threads(pid, "schedstat", |text| text.split_whitespace().next())?;
     Ok(nanoseconds / 1_000_000)
 }
 
 /// Voluntary context switches of a process's threads so far (proc(5), `status`).
-fn wakeups(pid: u32) -> Result<u64> {
+pub(super) fn wakeups(pid: u32) -> Result<u64> {
     sum_of_threads(pid, "status", |text| text.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:")))
 }
 
