@@ -125,7 +125,21 @@ pub(super) struct MsixInfo {
     /// How many the device has.
     pub(super) count: u32,
     /// Whether the kernel can add vectors to those that MSI-X was switched on with.
-    pub(super) can_grow: bool,
+    can_grow: bool,
+}
+
+impl MsixInfo {
+    fn new(info: &vfio_irq_info) -> Self {
+        Self { count: info.count, can_grow: info.flags & VFIO_IRQ_INFO_NORESIZE == 0 }
+    }
+
+    /// The last vector that is set aside when MSI-X is switched on; `None` if there is no vector. A kernel that can add vectors
+    /// later (Linux 6.5, for devices of the usual interrupt domains) sets one aside for now; any other one needs to set all
+    /// aside at once.
+    pub(super) fn last_at_first(self) -> Option<u32> {
+        let last = self.count.checked_sub(1)?;
+        Some(if self.can_grow { 0 } else { last })
+    }
 }
 
 /// What the device has of MSI-X vectors.
@@ -134,7 +148,7 @@ pub(super) fn msix_info(device: BorrowedFd<'_>) -> rustix::io::Result<MsixInfo> 
     let mut info = vfio_irq_info { argsz: argsz::<vfio_irq_info>(), index, ..Default::default() };
     // SAFETY: VFIO_DEVICE_GET_IRQ_INFO takes this structure.
     unsafe { call(device, DEVICE_GET_IRQ_INFO, &mut info) }?;
-    Ok(MsixInfo { count: info.count, can_grow: info.flags & VFIO_IRQ_INFO_NORESIZE == 0 })
+    Ok(MsixInfo::new(&info))
 }
 
 /// `struct vfio_irq_set` followed by its data: one eventfd.
@@ -149,7 +163,7 @@ struct IrqEventfd {
 }
 
 /// An MSI-X vector signals this eventfd from now on, or none. The kernel holds the eventfd by itself. The first call switches
-/// MSI-X on, for all vectors up to this one.
+/// MSI-X on, for all vectors up to this one; if it cannot have as many, the kernel answers how many it can have.
 pub(super) fn set_msix_eventfd(
     device: BorrowedFd<'_>,
     vector: u32,
@@ -164,7 +178,8 @@ pub(super) fn set_msix_eventfd(
         eventfd: eventfd.map_or(NO_EVENTFD, |eventfd| eventfd.as_raw_fd()),
     };
     // SAFETY: VFIO_DEVICE_SET_IRQS reads `argsz` bytes: the header and `count` ints, which are the structure.
-    unsafe { call(device, DEVICE_SET_IRQS, &mut set) }.map(drop)
+    let fewer = unsafe { call(device, DEVICE_SET_IRQS, &mut set) }?;
+    if fewer == 0 { Ok(()) } else { Err(Errno::NOSPC) }
 }
 
 /// Makes a memory region known to the container's IOMMU at address `iova`, and so pins its pages until the container is
@@ -203,4 +218,39 @@ pub(super) fn write_on_event(
     };
     // SAFETY: VFIO_DEVICE_IOEVENTFD takes this structure.
     unsafe { call(device, DEVICE_IOEVENTFD, &mut link) }.map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The kernel's side of MSI-X, as VFIO_DEVICE_SET_IRQS knows it.
+    struct Kernel {
+        info: vfio_irq_info,
+        set_aside: Option<u32>,
+    }
+
+    impl Kernel {
+        fn set(&mut self, vector: u32) -> Result<(), Errno> {
+            let grows = self.info.flags & VFIO_IRQ_INFO_NORESIZE == 0;
+            match self.set_aside {
+                None => self.set_aside = Some(vector + 1),
+                Some(count) if vector < count || grows => {}
+                Some(_) => return Err(Errno::INVAL),
+            }
+            if vector < self.info.count { Ok(()) } else { Err(Errno::INVAL) }
+        }
+    }
+
+    #[test]
+    fn every_vector_can_be_switched_on_whether_the_kernel_adds_some_or_not() {
+        for (flags, at_first) in [(0, 1), (VFIO_IRQ_INFO_NORESIZE, 259)] {
+            let info = vfio_irq_info { count: 259, flags, ..Default::default() };
+            let mut kernel = Kernel { info, set_aside: None };
+            kernel.set(MsixInfo::new(&info).last_at_first().unwrap()).unwrap();
+            assert_eq!(kernel.set_aside, Some(at_first));
+            assert!([258, 0, 7].iter().all(|vector| kernel.set(*vector).is_ok()));
+        }
+        assert_eq!(MsixInfo::new(&vfio_irq_info::default()).last_at_first(), None);
+    }
 }

@@ -127,15 +127,11 @@ impl VfioDevice {
 
     /// Switches MSI-X on with no vector in use, and answers how many there are.
     ///
-    /// A kernel that can add vectors later (Linux 6.5, for devices of the usual interrupt domains) sets one aside for now;
-    /// any other one needs to set all aside at once.
-    ///
     /// # Errors
     /// [`VfioError::Refused`].
     pub fn enable_msix(&self) -> Result<usize, VfioError> {
         let info = ioctl::msix_info(self.device.as_fd()).map_err(refused("the number of interrupts"))?;
-        let last = if info.can_grow { Some(0) } else { info.count.checked_sub(1) };
-        if let Some(last) = last.filter(|last| *last < info.count) {
+        if let Some(last) = info.last_at_first() {
             ioctl::set_msix_eventfd(self.device.as_fd(), last, None).map_err(refused("interrupts"))?;
         }
         Ok(usize::try_from(info.count).unwrap_or(usize::MAX))
