@@ -16,7 +16,7 @@
 //! - shared with the front-end: [`inflight`], [`dirty_log`], on `shared_mapping` (unsafe)
 //! - the program around it: [`program`], [`listener`], [`signals`] and [`lost_memory`] (both unsafe), `descriptors` (unsafe)
 //! - for operators: [`rate_limit`] (pure), [`control_channel`]
-//! - threads: [`polling`] (pure), [`cpus`], [`wakeup`]
+//! - threads: [`polling`] (pure), [`cpus`], [`threads`] (both as options), [`wakeup`]
 //! - [`log_limit`], [`in_one_line()`]
 
 mod chain;
@@ -43,6 +43,7 @@ mod ring_error;
 mod session;
 mod shared_mapping;
 pub mod signals;
+pub mod threads;
 mod view;
 mod vring;
 pub mod wakeup;

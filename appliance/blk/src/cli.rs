@@ -2,13 +2,11 @@
 
 use std::os::fd::RawFd;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
-use vvu_back_end::cpus::CpuList;
 use vvu_back_end::listener::Endpoint;
-use vvu_back_end::polling::{PollMode, PollSettings};
 use vvu_back_end::rate_limit::Limits;
+use vvu_back_end::threads::Threads;
 
 use crate::daemon::{BackingFile, MAX_QUEUES, Options, Storage};
 use crate::device::SERIAL_LEN;
@@ -79,18 +77,8 @@ pub struct Cli {
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
 
-    /// When a queue's thread looks for requests by itself instead of having the driver notify of them: off, never; auto, for a
-    /// while that adapts to what it finds; always, without end, on a CPU of its own.
-    #[arg(long, value_name = "MODE", default_value = "auto")]
-    poll: PollMode,
-
-    /// Longest time that auto looks for requests before the thread sleeps, in microseconds.
-    #[arg(long, value_name = "MICROSECONDS", default_value = "32", value_parser = PollSettings::parse_window)]
-    poll_window: Duration,
-
-    /// Run the threads of queues on these CPUs, one after the other: a list as 0,2-3 [default: where the kernel wants].
-    #[arg(long, value_name = "LIST")]
-    cpus: Option<CpuList>,
+    #[command(flatten)]
+    threads: Threads,
 
     /// Print what the program can do, as JSON, and exit.
     #[arg(long)]
@@ -130,8 +118,7 @@ impl Cli {
             io_alignment: self.io_alignment,
             limits: Limits { operations_per_second: self.iops, bytes_per_second: self.bandwidth },
             control: self.control,
-            polling: PollSettings { mode: self.poll, window: self.poll_window },
-            cpus: self.cpus.unwrap_or_default(),
+            threads: self.threads,
         })
     }
 }
@@ -177,6 +164,8 @@ fn parse_alignment(text: &str) -> Result<u32, String> {
 
 #[cfg(test)]
 mod tests {
+    use vvu_back_end::polling::PollMode;
+
     use super::*;
 
     fn options(line: &str) -> Result<Options, String> {
@@ -189,10 +178,9 @@ mod tests {
         let by_path = options("vvu-blk --socket-path=/run/s --blk-file=/dev/vda --read-only").unwrap();
         assert_eq!(by_path.endpoint, Endpoint::Path("/run/s".into()));
         assert_eq!(by_path.storage, Storage::Image("/dev/vda".into()));
-        assert_eq!((by_path.polling, by_path.cpus), (PollSettings::default(), CpuList::default()));
-        let null = options("vvu-blk --fd=3 --null 2G --poll always --poll-window 50 --cpus 1").unwrap();
-        assert_eq!(null.storage, Storage::Null(2 << 30));
-        assert_eq!(null.polling, PollSettings { mode: PollMode::Always, window: Duration::from_micros(50) });
+        assert_eq!(by_path.threads, Threads::default());
+        let null = options("vvu-blk --fd=3 --null 2G --poll always").unwrap();
+        assert_eq!((null.storage, null.threads.poll), (Storage::Null(2 << 30), PollMode::Always));
         assert!(by_path.read_only);
         let layered = options("vvu-blk --fd=3 --image a --format=qcow2 --backing qcow2:b:c --backing raw:d").unwrap();
         let backing = |format, path: &str| BackingFile { format, path: path.into() };
@@ -209,9 +197,6 @@ mod tests {
             ("vvu-blk --fd 3 --image a --null 1G", "--null"),
             ("vvu-blk --fd 3 --null 1GG", "number of bytes"),
             ("vvu-blk --fd 3 --null 0", "number of bytes"),
-            ("vvu-blk --fd 3 --image a --poll sometimes", "off, auto or always"),
-            ("vvu-blk --fd 3 --image a --poll-window 2s", "microseconds"),
-            ("vvu-blk --fd 3 --image a --cpus a", "0,2-3"),
             ("vvu-blk --socket-path s", "--image"),
             ("vvu-blk --socket-path s --fd 3 --image a", "--fd"),
             ("vvu-blk --socket-path s --image a --queues 0", "--queues"),

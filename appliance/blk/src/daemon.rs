@@ -8,18 +8,18 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, poll};
-use vvu_back_end::cpus::CpuList;
+use vvu_back_end::cpus::UnusableCpu;
 use vvu_back_end::listener::{Endpoint, FrontEnds, ListenerError};
 use vvu_back_end::log_limit::LogLimit;
-use vvu_back_end::polling::PollSettings;
 use vvu_back_end::rate_limit::Limits;
 use vvu_back_end::signals::{Signals, Wish};
+use vvu_back_end::threads::Threads;
 use vvu_back_end::wakeup::Wakeup;
 use vvu_back_end::{Connection, Ending, SessionError, lost_memory};
 
 use crate::control;
 use crate::device::Device;
-use crate::engine::Engine;
+use crate::engine::{Engine, SETUPS};
 use crate::image::{Format, Image, ImageError};
 use crate::qcow2::disk::{Layer, LayerError, Qcow2Disk};
 use crate::qcow2::pool::Pool;
@@ -51,10 +51,8 @@ pub struct Options {
     pub limits: Limits,
     /// Where the control channel listens.
     pub control: Option<PathBuf>,
-    /// How long queues' threads look for work by themselves.
-    pub polling: PollSettings,
-    /// Where they run.
-    pub cpus: CpuList,
+    /// How the queues' threads work.
+    pub threads: Threads,
 }
 
 /// Where the disk is.
@@ -88,11 +86,8 @@ pub enum DaemonError {
     #[error(transparent)]
     Listener(#[from] ListenerError),
     /// A CPU of the list is the reason.
-    #[error("CPU {cpu} is not there, or not for this process; leave it out of --cpus")]
-    Cpu {
-        /// Its number.
-        cpu: usize,
-    },
+    #[error(transparent)]
+    Cpu(#[from] UnusableCpu),
     /// io_uring does not work here.
     #[error("requests cannot be served")]
     Engine(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -111,19 +106,17 @@ pub fn run(options: &Options) -> Result<(), DaemonError> {
     let mut front_ends = FrontEnds::new(&options.endpoint)?;
     let signals = Signals::take_over()?;
     lost_memory::install()?;
-    if let Err(cpu) = options.cpus.check() {
-        return Err(DaemonError::Cpu { cpu });
-    }
+    options.threads.check()?;
     let image = Arc::new(match &options.storage {
         Storage::Image(path) => Image::open(path, options.read_only, options.io_alignment)?,
         Storage::Null(len) => Image::null(*len, options.read_only)?,
     });
     let wishes = Wishes::new(signals, &image);
     let formatted = open_formatted(&image, options)?;
-    let device = Arc::new(Device::new(image, formatted, options));
+    let ring_setup = Engine::find_setup(&image, &SETUPS).map_err(|error| DaemonError::Engine(error.into()))?;
+    let device = Arc::new(Device::new(image, formatted, ring_setup, options));
     // What has changed before there was somebody to see it.
     look_again(&device);
-    Engine::probe(&device.image).map_err(|error| DaemonError::Engine(error.into()))?;
     let _control = options.control.as_ref().map(|path| control::open(path, &device)).transpose()?;
     tracing::info!(endpoint = ?options.endpoint, queues = options.queues, "listening");
 

@@ -5,16 +5,16 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
 use virtio_bindings::bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
-use vvu_back_end::cpus::CpuList;
 use vvu_back_end::log_limit::LogLimit;
-use vvu_back_end::polling::PollSettings;
 use vvu_back_end::rate_limit::RateLimit;
+use vvu_back_end::threads::Threads;
 use vvu_back_end::{ConfigWriter, DeviceError, Service, lost_memory};
 use vvu_protocol::features::{Features, ProtocolFeatures};
 
 use crate::config_space::{self, DiskShape, WRITEBACK_OFFSET, feature, offered_features};
 use crate::counters::DeviceCounters;
 use crate::daemon::Options;
+use crate::engine::Setup;
 use crate::image::Image;
 use crate::qcow2::pool::Pool;
 use crate::request::DiskRules;
@@ -35,9 +35,10 @@ pub(crate) struct Device {
     pub(crate) formatted: Option<Pool>,
     pub(crate) serial: [u8; SERIAL_LEN],
     pub(crate) queues: u16,
-    /// How long the queues' threads look for work by themselves.
-    pub(crate) polling: PollSettings,
-    cpus: CpuList,
+    /// How the queues' threads work.
+    pub(crate) threads: Threads,
+    /// How they ask for their io_uring.
+    pub(crate) ring_setup: Setup,
     /// For all queues together.
     pub(crate) rate_limit: RateLimit,
     pub(crate) counters: DeviceCounters,
@@ -52,15 +53,15 @@ pub(crate) struct Device {
 }
 
 impl Device {
-    pub(crate) fn new(image: Arc<Image>, formatted: Option<Pool>, options: &Options) -> Self {
+    pub(crate) fn new(image: Arc<Image>, formatted: Option<Pool>, ring_setup: Setup, options: &Options) -> Self {
         let queues = options.queues;
         Self {
             image,
             formatted,
             serial: serial_bytes(&options.serial),
             queues,
-            polling: options.polling,
-            cpus: options.cpus.clone(),
+            threads: options.threads.clone(),
+            ring_setup,
             rate_limit: RateLimit::new(options.limits, Instant::now()),
             counters: DeviceCounters::new(queues),
             peer_log: LogLimit::default(),
@@ -158,7 +159,7 @@ impl vvu_back_end::Device for Device {
     }
 
     fn cpu_of_queue(&self, index: u16) -> Option<usize> {
-        self.cpus.of_queue(index)
+        self.threads.cpu_of_queue(index)
     }
 
     fn serve(&self, service: Service<'_>) {

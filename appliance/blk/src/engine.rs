@@ -31,7 +31,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use io_uring::types::{CancelBuilder, Fixed, FsyncFlags, SubmitArgs, Timespec};
-use io_uring::{IoUring, cqueue, opcode, squeue};
+use io_uring::{Builder, IoUring, cqueue, opcode, squeue};
 
 pub(crate) use self::events::{Signal, Watch};
 use self::events::{Signalled, Watched};
@@ -40,6 +40,8 @@ use crate::image::Image;
 use crate::transfer::{Direction, Transfer};
 
 mod events;
+#[cfg(test)]
+mod tests;
 
 /// Operations beside those of requests, with reserve: for each watched event one and a cancellation, two signals, and a last
 /// cancellation.
@@ -81,6 +83,20 @@ pub(crate) enum Completion {
 /// What is added to the count of an eventfd.
 static ONE: u64 = 1;
 
+/// How the kernel is asked for a ring.
+pub(crate) type Setup = fn(&mut Builder);
+
+/// The best one first. Completions are made in the system calls of the ring's thread and nowhere else if the kernel can do that
+/// (Linux 6.1), else in any system call of it (5.19); in both cases a flag tells that there are some.
+pub(crate) const SETUPS: [Setup; 2] = [
+    |ring| {
+        ring.setup_single_issuer().setup_defer_taskrun();
+    },
+    |ring| {
+        ring.setup_coop_taskrun();
+    },
+];
+
 /// See the module's text.
 pub(crate) struct Engine {
     ring: IoUring,
@@ -99,9 +115,11 @@ pub(crate) struct Engine {
 
 impl Engine {
     /// Sets up an io_uring for the I/O of `queue_size` heads on `image`. All further calls must come from this thread.
-    pub(crate) fn new(image: &Arc<Image>, queue_size: u16) -> Result<Self, EngineError> {
+    pub(crate) fn new(image: &Arc<Image>, queue_size: u16, setup: Setup) -> Result<Self, EngineError> {
         let entries = (u32::from(queue_size) + EXTRA_OPERATIONS).next_power_of_two();
-        let ring = build_ring(entries).map_err(EngineError::Setup)?;
+        let mut builder = IoUring::builder();
+        setup(builder.dontfork().setup_taskrun_flag());
+        let ring = builder.build(entries).map_err(EngineError::Setup)?;
         ring.submitter().register_files(&[image.file().as_raw_fd()]).map_err(EngineError::Setup)?;
         let mut transfers = Vec::new();
         transfers.resize_with(usize::from(queue_size), Transfer::default);
@@ -119,9 +137,16 @@ impl Engine {
         })
     }
 
-    /// Tries whether an engine for `image` can be set up at all.
-    pub(crate) fn probe(image: &Arc<Image>) -> Result<(), EngineError> {
-        Self::new(image, 1).map(drop)
+    /// The first of `setups` with which an engine for `image` can be set up: a kernel refuses flags that it does not know.
+    pub(crate) fn find_setup(image: &Arc<Image>, setups: &[Setup]) -> Result<Setup, EngineError> {
+        let mut refusal = EngineError::Setup(io::ErrorKind::InvalidInput.into());
+        for setup in setups {
+            match Self::new(image, 1, *setup) {
+                Ok(_) => return Ok(*setup),
+                Err(error) => refusal = error,
+            }
+        }
+        Err(refusal)
     }
 
     /// The transfer of `head`, to say which memory the next operation works on; only while the kernel has none.
@@ -348,19 +373,6 @@ impl Drop for Engine {
             std::mem::forget(std::mem::take(&mut self.transfers));
             std::mem::forget(std::mem::replace(&mut self.zeroes, AlignedBuffer::new(0, 1)));
         }
-    }
-}
-
-/// Completions are made in this thread's own system calls and nowhere else if the kernel can do that (Linux 6.1), else in any
-/// of them (5.19); in both cases a flag tells that there are some.
-fn build_ring(entries: u32) -> io::Result<IoUring> {
-    let mut builder = IoUring::builder();
-    builder.dontfork().setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag();
-    match builder.build(entries) {
-        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-            IoUring::builder().dontfork().setup_coop_taskrun().setup_taskrun_flag().build(entries)
-        }
-        outcome => outcome,
     }
 }
 

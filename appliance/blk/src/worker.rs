@@ -49,7 +49,7 @@ pub(crate) fn serve(device: &Device, service: &Service<'_>) {
         pauses: false,
         // What a back-end before has returned.
         unpublished: true,
-        polling: [Polling::new(device.polling), Polling::new(device.polling)],
+        polling: [(); 2].map(|()| Polling::new(device.threads.polling())),
     };
     let outcome = worker.run();
     if let Some(ring) = &worker.ring {
@@ -236,7 +236,7 @@ impl Worker<'_> {
             match completion {
                 Completion::Request { head, transferred, result } => {
                     self.executor.complete(head, transferred, result)?;
-                    if intake == Intake::Waiting && self.device.polling.mode != PollMode::Off {
+                    if intake == Intake::Waiting && self.device.threads.poll != PollMode::Off {
                         // The next request may be near.
                         intake = Intake::Ready;
                     }

@@ -3,17 +3,16 @@
 #![expect(clippy::unwrap_used, reason = "a test that meets the unexpected is to fail right there")]
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vm_memory::{Bytes, GuestAddress};
-use vvu_back_end::cpus::CpuList;
 use vvu_back_end::listener::Endpoint;
-use vvu_back_end::polling::{PollMode, PollSettings};
+use vvu_back_end::polling::PollMode;
 use vvu_back_end::rate_limit::Limits;
+use vvu_back_end::threads::Threads;
 use vvu_blk::Format;
 use vvu_blk::daemon::{Options, Storage, run};
-use vvu_test_driver::allocations::{CountingAllocator, allocations, leave_out_this_thread};
+use vvu_test_driver::allocations::{CountingAllocator, allocations_in};
 use vvu_test_driver::event::wait_until;
 use vvu_test_driver::front_end::{FrontEnd, ORDINARY};
 use vvu_test_driver::queue::Queue;
@@ -69,8 +68,7 @@ fn count(storage: Storage, mode: PollMode) -> u64 {
         io_alignment: None,
         limits: Limits::default(),
         control: None,
-        polling: PollSettings { mode, window: Duration::from_micros(32) },
-        cpus: CpuList::default(),
+        threads: Threads { poll: mode, ..Threads::default() },
     };
     // Ends with the test's process.
     std::thread::spawn(move || run(&options));
@@ -79,19 +77,11 @@ fn count(storage: Storage, mode: PollMode) -> u64 {
         FrontEnd::connect(&socket, |offered| offered & ORDINARY, VhostUserProtocolFeatures::empty(), REGION_LEN);
     let mut queue = Queue::new(&front_end.memory, 0, 128);
     queue.announce(&mut front_end, 0);
-    for _ in 0..4 {
-        do_a_round(&front_end, &mut queue);
-    }
-    let before = allocations();
-    for _ in 0..ROUNDS {
-        do_a_round(&front_end, &mut queue);
-    }
-    allocations() - before
+    allocations_in(ROUNDS, || do_a_round(&front_end, &mut queue))
 }
 
 #[test]
 fn requests_allocate_nothing() {
-    leave_out_this_thread();
     for mode in [PollMode::Off, PollMode::Auto] {
         // The programs do not end before the test, and each locks its image.
         let image = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();

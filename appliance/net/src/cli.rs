@@ -1,18 +1,15 @@
 //! The command line.
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use clap::Parser;
-use vvu_back_end::cpus::CpuList;
 use vvu_back_end::listener::Endpoint;
-use vvu_back_end::polling::{PollMode, PollSettings};
 use vvu_back_end::rate_limit::Limits;
+use vvu_back_end::threads::Threads;
 
 use crate::daemon::{Options, PortOptions};
 use crate::filter::PortFilter;
 use crate::port::{MAX_PAIRS, PortSettings};
-use crate::switch::Threads;
 
 /// What `--print-capabilities` prints: the device type, by QEMU's conventions for back-end programs.
 pub const CAPABILITIES: &str = r#"{"type": "net"}"#;
@@ -58,18 +55,8 @@ pub struct Cli {
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
 
-    /// When a queue's thread looks for packets by itself instead of having the driver notify of them: off, never; auto, for a
-    /// while that adapts to what it finds; always, without end, on a CPU of its own.
-    #[arg(long, value_name = "MODE", default_value = "auto")]
-    poll: PollMode,
-
-    /// Longest time that auto looks for packets before the thread sleeps, in microseconds.
-    #[arg(long, value_name = "MICROSECONDS", default_value = "32", value_parser = PollSettings::parse_window)]
-    poll_window: Duration,
-
-    /// Run the threads of queue pairs on these CPUs, one after the other: a list as 0,2-3 [default: where the kernel wants].
-    #[arg(long, value_name = "LIST")]
-    cpus: Option<CpuList>,
+    #[command(flatten)]
+    threads: Threads,
 
     /// Print what the program can do, as JSON, and exit.
     #[arg(long)]
@@ -85,9 +72,8 @@ impl Cli {
         if self.ports.is_empty() || self.ports.len() > MAX_PORTS {
             return Err(format!("give --port 1 to {MAX_PORTS} times, not {} times", self.ports.len()));
         }
-        let polling = PollSettings { mode: self.poll, window: self.poll_window };
-        let threads = Threads { polling, cpus: self.cpus.unwrap_or_default() };
-        Ok(Options { ports: self.ports, tap: self.tap, mtu: self.mtu, control: self.control, threads })
+        let Self { ports, tap, mtu, control, threads, print_capabilities: _ } = self;
+        Ok(Options { ports, tap, mtu, control, threads })
     }
 }
 
@@ -175,10 +161,8 @@ mod tests {
         assert_eq!((ports[1].settings.pairs, ports[1].settings.link_up), (4, false));
         assert_eq!((ports[1].settings.filter.macs.len(), &ports[1].settings.filter.vlans), (2, &vec![0, 7]));
         assert_eq!(ports[1].settings.limits, Limits { operations_per_second: 10, bytes_per_second: 20 });
-        let line = "vvu-net --port socket=s,mac=52:54:00:00:00:01 --poll auto --poll-window 9 --cpus 1-2";
-        let Threads { polling, cpus } = options(line).unwrap().threads;
-        assert_eq!(polling, PollSettings { mode: PollMode::Auto, window: Duration::from_micros(9) });
-        assert_eq!(cpus, "1,2".parse().unwrap());
+        let line = "vvu-net --port socket=s,mac=52:54:00:00:00:01 --cpus 1-2";
+        assert_eq!(options(line).unwrap().threads.cpu_of_queue(1), Some(2));
         assert!(Cli::try_parse_from(["vvu-net", "--print-capabilities"]).unwrap().print_capabilities);
         serde_json::from_str::<serde_json::Value>(CAPABILITIES).unwrap();
     }
@@ -201,8 +185,6 @@ mod tests {
             (with("mac=52:54:00:00:00:01"), "twice"),
             (with("fd=3"), "no setting"),
             (with("speed=3"), "no setting"),
-            (with("queues=1 --poll on"), "off, auto or always"),
-            (with("queues=1 --cpus 1-"), "0,2-3"),
             ("vvu-net --mtu 67 --port socket=s,mac=52:54:00:00:00:01".to_owned(), "67"),
             (format!("vvu-net{}", " --port socket=s,mac=52:54:00:00:00:01".repeat(9)), "1 to 8 times"),
         ] {

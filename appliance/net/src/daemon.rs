@@ -9,9 +9,11 @@ use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use vvu_back_end::control_channel::ControlChannel;
+use vvu_back_end::cpus::UnusableCpu;
 use vvu_back_end::listener::{Endpoint, FrontEnds, ListenerError};
 use vvu_back_end::log_limit::LogLimit;
 use vvu_back_end::signals::{Signals, Wish};
+use vvu_back_end::threads::Threads;
 use vvu_back_end::wakeup::Wakeup;
 use vvu_back_end::{Connection, Ending, SessionError, in_one_line, lost_memory};
 
@@ -19,7 +21,7 @@ use crate::bell::Bell;
 use crate::control_requests::{Report, carry_out};
 use crate::device::PortDevice;
 use crate::port::PortSettings;
-use crate::switch::{Switch, Threads};
+use crate::switch::Switch;
 use crate::tap::Tap;
 use crate::uplink::{self, Uplink};
 
@@ -67,11 +69,8 @@ pub enum DaemonError {
         source: io::Error,
     },
     /// A CPU of the list is the reason.
-    #[error("CPU {cpu} is not there, or not for this process; leave it out of --cpus")]
-    Cpu {
-        /// Its number.
-        cpu: usize,
-    },
+    #[error(transparent)]
+    Cpu(#[from] UnusableCpu),
     /// io_uring does not work here.
     #[error("io_uring cannot be set up; it needs Linux 6.1 with kernel.io_uring_disabled=0")]
     IoUring(#[source] io::Error),
@@ -86,9 +85,7 @@ pub enum DaemonError {
 /// [`DaemonError`] if a socket or the uplink cannot be used. What a front-end or the driver does is never an error.
 pub fn run(options: Options) -> Result<(), DaemonError> {
     let Options { ports, tap, mtu, control, threads } = options;
-    if let Err(cpu) = threads.cpus.check() {
-        return Err(DaemonError::Cpu { cpu });
-    }
+    threads.check()?;
     // First: the descriptors of `fd=` must not be mixed up with ones that are opened here, and threads that are started
     // later inherit the signal mask.
     let front_ends = ports.iter().map(|port| FrontEnds::new(&port.endpoint)).collect::<Result<Vec<_>, _>>()?;

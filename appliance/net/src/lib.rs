@@ -56,6 +56,5 @@ mod waiting;
 pub use ethernet::{MacAddress, MacError};
 pub use filter::{FilterError, PortFilter};
 pub use port::PortSettings;
-pub use switch::Threads;
 
 use vvu_back_end::Memory as DriverMemory;

@@ -7,8 +7,7 @@
 use std::sync::{PoisonError, RwLock};
 use std::time::Instant;
 
-use vvu_back_end::cpus::CpuList;
-use vvu_back_end::polling::PollSettings;
+use vvu_back_end::threads::Threads;
 
 use crate::bell::Bell;
 use crate::checksum;
@@ -40,19 +39,10 @@ pub(crate) enum Place {
     Uplink,
 }
 
-/// How the threads of queues work.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Threads {
-    /// How long they look for packets by themselves.
-    pub polling: PollSettings,
-    /// Where they run: one CPU for each queue pair.
-    pub cpus: CpuList,
-}
-
 /// See the module's text.
 #[derive(Debug)]
 pub(crate) struct Switch {
-    /// How the queues' threads are to work.
+    /// How the queues' threads work; those of a queue pair share a CPU.
     pub(crate) threads: Threads,
     ports: Vec<Port>,
     uplink: Option<Uplink>,
@@ -87,7 +77,7 @@ impl Switch {
     /// The CPU for the threads of a queue pair.
     pub(crate) fn cpu_of_pair(&self, port: usize, pair: u16) -> Option<usize> {
         let before = self.ports.iter().take(port).map(|port| port.max_pairs).sum::<u16>();
-        self.threads.cpus.of_queue(before.saturating_add(pair))
+        self.threads.cpu_of_queue(before.saturating_add(pair))
     }
 
     /// Forgets who is behind a port.

@@ -76,7 +76,7 @@ pub(crate) fn serve(switch: &Switch, port: &Port, service: &Service<'_>) {
         offloads: Offloads::of_sender(bits),
         watch: MemoryWatch::new(),
         pauses: false,
-        polling: Polling::new(switch.threads.polling),
+        polling: Polling::new(switch.threads.polling()),
         front: Box::new([0; FRONT_LEN]),
     };
     transmitter.run();

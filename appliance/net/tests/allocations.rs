@@ -2,17 +2,15 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that meets the unexpected is to fail right there")]
 
-use std::time::Duration;
-
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vm_memory::{Bytes, GuestAddress};
-use vvu_back_end::cpus::CpuList;
 use vvu_back_end::listener::Endpoint;
-use vvu_back_end::polling::{PollMode, PollSettings};
+use vvu_back_end::polling::PollMode;
 use vvu_back_end::rate_limit::Limits;
+use vvu_back_end::threads::Threads;
 use vvu_net::daemon::{Options, PortOptions, run};
-use vvu_net::{MacAddress, PortFilter, PortSettings, Threads};
-use vvu_test_driver::allocations::{CountingAllocator, allocations, leave_out_this_thread};
+use vvu_net::{MacAddress, PortFilter, PortSettings};
+use vvu_test_driver::allocations::{CountingAllocator, allocations_in};
 use vvu_test_driver::event::{wait_event, wait_until};
 use vvu_test_driver::front_end::{FrontEnd, ORDINARY};
 use vvu_test_driver::queue::Queue;
@@ -77,8 +75,7 @@ fn count(mode: PollMode) -> u64 {
             limits: Limits::default(),
         },
     };
-    let polling = PollSettings { mode, window: Duration::from_micros(32) };
-    let threads = Threads { polling, cpus: CpuList::default() };
+    let threads = Threads { poll: mode, ..Threads::default() };
     let options = Options { ports: vec![port(0), port(1)], tap: None, mtu: 1500, control: None, threads };
     // Ends with the test's process.
     std::thread::spawn(move || run(options));
@@ -97,7 +94,7 @@ fn count(mode: PollMode) -> u64 {
         rx.used_index(&right.memory) > 0
     });
     while rx.take_used(&right.memory).is_some() {}
-    let mut round = || {
+    allocations_in(ROUNDS, || {
         // What is left from the time before is offered once more with the rest: buffers are enough in any case.
         offer(&right, &mut rx, 2000, WRITE);
         offer(&left, &mut tx, 72, 0);
@@ -107,20 +104,11 @@ fn count(mode: PollMode) -> u64 {
                 wait_event(&rx.call, "packet");
             }
         }
-    };
-    for _ in 0..4 {
-        round();
-    }
-    let before = allocations();
-    for _ in 0..ROUNDS {
-        round();
-    }
-    allocations() - before
+    })
 }
 
 #[test]
 fn packets_allocate_nothing() {
-    leave_out_this_thread();
     for mode in [PollMode::Off, PollMode::Auto] {
         let packets = u64::from(ROUNDS) * u64::from(DEPTH);
         assert_eq!(count(mode), 0, "in {packets} packets with {mode:?}");

@@ -19,15 +19,16 @@ thread_local! {
 #[derive(Debug)]
 pub struct CountingAllocator;
 
-/// How often memory was allocated or moved so far, by all threads but those of [`leave_out_this_thread`].
-#[must_use]
-pub fn allocations() -> u64 {
-    COUNT.load(Ordering::Relaxed)
-}
+/// Rounds before those that count: by then all that is kept for the next one has its size.
+const WARM_UP: u32 = 4;
 
-/// Counts nothing that this thread does from now on.
-pub fn leave_out_this_thread() {
+/// How often memory is allocated or moved by other threads than this one in so many rounds, after a few that do not count.
+pub fn allocations_in(rounds: u32, mut round: impl FnMut()) -> u64 {
     LEFT_OUT.set(true);
+    (0..WARM_UP).for_each(|_| round());
+    let before = COUNT.load(Ordering::Relaxed);
+    (0..rounds).for_each(|_| round());
+    COUNT.load(Ordering::Relaxed) - before
 }
 
 fn count() {

@@ -4,10 +4,10 @@
 use std::net::SocketAddrV4;
 
 use anyhow::{Context, Result, ensure};
+use vvu_station::packet::{Header, NEEDS_CSUM, Station, TCP, TCP_CHECKSUM, TRANSPORT_START, ipv4, udp};
 
 use crate::card::{CONTROL, Card, DATA, Desc, INDIRECT, NEXT, RECEIVE, RING_LEN, TRANSMIT, WRITE};
 use crate::datagrams::MARK;
-use crate::packet::{Header, NEEDS_CSUM, Station, TCP, ipv4, udp};
 
 /// Where an indirect table is.
 const TABLE: usize = DATA + 0x8_0000;
@@ -15,9 +15,8 @@ const TABLE: usize = DATA + 0x8_0000;
 /// An address at which no machine of a test has memory.
 const NOWHERE: u64 = 1 << 45;
 
-/// Length of TCP's header, and of a frame's headers before it.
+/// Length of TCP's header.
 const TCP_HEADER_LEN: usize = 20;
-const TCP_START: u16 = 34;
 
 /// One way to break a ring.
 struct Attack {
@@ -87,7 +86,7 @@ pub(crate) fn malformed(device: &str, mac: &str, to: &str) -> Result<()> {
     let segmented = ipv4(from, to, TCP, &[0; TCP_HEADER_LEN + 4000]);
     let plain = Header::default();
     let sum = |csum_start, csum_offset| Header { flags: NEEDS_CSUM, csum_start, csum_offset, ..plain };
-    let segments = |gso_type, gso_size| Header { gso_type, gso_size, ..sum(TCP_START, 16) };
+    let segments = |gso_type, gso_size| Header { gso_type, gso_size, ..sum(TRANSPORT_START, TCP_CHECKSUM) };
     let packets = [
         ("a checksum behind the frame", sum(frame_len, 0), marked("1")),
         ("a checksum whose place is far away", sum(u16::MAX, u16::MAX), marked("2")),

@@ -15,7 +15,6 @@ mod attack;
 mod card;
 mod datagrams;
 mod mapping;
-mod packet;
 mod socket_options;
 mod stream;
 

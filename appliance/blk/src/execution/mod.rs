@@ -77,7 +77,7 @@ impl<'a> Executor<'a> {
         let mut slots = Vec::new();
         slots.resize_with(usize::from(queue_size), Slot::default);
         Ok(Self {
-            engine: Engine::new(&device.image, queue_size)?,
+            engine: Engine::new(&device.image, queue_size, device.ring_setup)?,
             device,
             counters,
             rules: device.rules(features),
