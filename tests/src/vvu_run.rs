@@ -156,7 +156,7 @@ impl BeginningRun {
     /// Adds what every run of a test has, and the program for the appliance, and starts.
     fn spawn(testbed: &Testbed, name: &str, mut command: Command, program: &[String]) -> Result<Self> {
         let runtime_dir = testbed.runtime_dir()?;
-        command.arg("--json").arg("--qemu").arg(&testbed.setup().qemu).arg("--appliance").arg(appliance_dir()?);
+        command.arg("--json").arg("--qemu").arg(&testbed.setup().qemu).arg("--appliance").arg(testbed.appliance());
         command.arg("--log-dir").arg(testbed.folder().join(format!("{name}-logs")));
         if !program.is_empty() {
             command.arg("--").args(program);
@@ -360,8 +360,20 @@ impl VvuRun {
     /// # Errors
     /// If the command fails.
     pub fn upgrade(&mut self) -> Result<Replaced> {
-        let replaced = self.command("upgrade", &[])?;
-        let now = self.status()?.appliance.context("no appliance VM after an upgrade")?;
+        self.replace_by("upgrade")
+    }
+
+    /// `vvu restart`.
+    ///
+    /// # Errors
+    /// If the command fails.
+    pub fn restart(&mut self) -> Result<Replaced> {
+        self.replace_by("restart")
+    }
+
+    fn replace_by(&mut self, command: &str) -> Result<Replaced> {
+        let replaced = self.command(command, &[])?;
+        let now = self.status()?.appliance.with_context(|| format!("no appliance VM after vvu {command}"))?;
         self.watch(Pids { bridge: self.bridge.pid(), qemu: now.pid })?;
         Ok(replaced)
     }

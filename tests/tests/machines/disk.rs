@@ -3,8 +3,8 @@
 //! Each test names the path that it proves. `VVU_TEST_BACKEND=qemu-storage-daemon` (or `vvu-blk`) runs the same tests
 //! against a back-end on the host.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::fs::{self, File, Permissions};
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
@@ -13,10 +13,15 @@ use vvu_tests::driver_vm::{Disk, DriverVm, DriverVmPlan};
 use vvu_tests::evidence;
 use vvu_tests::files::Files;
 use vvu_tests::image_file::{allocated, create, file_system_state, sha256};
-use vvu_tests::testbed::{Testbed, machine_test};
+use vvu_tests::testbed::{Testbed, machine_test, workspace_program};
 use vvu_tests::vvu_run::VvuRun;
+use vvu_tests::witness::{Load, Witness};
 
 const MIB: u64 = 1 << 20;
+
+/// Starts of a device by its driver, and by a VMM that goes on after a stop.
+const DRIVER_STARTS: u16 = 25;
+const STARTS_UNDER_LOAD: u16 = 6;
 
 fn image(testbed: &Testbed, len: u64) -> Result<PathBuf> {
     create(&testbed.folder().join("disk.img"), len)
@@ -26,12 +31,21 @@ fn serve(testbed: &Testbed, image: &ServedImage) -> Result<Served> {
     Backend::chosen()?.serve(testbed, "disk", image)
 }
 
-/// The same, with a bridge that relays every kick and call.
-fn serve_relayed(testbed: &Testbed, image: &ServedImage) -> Result<Served> {
+/// The same, with further options of `vvu run`.
+fn serve_with(testbed: &Testbed, image: &ServedImage, options: &[&str]) -> Result<Served> {
     match Backend::chosen()? {
-        Backend::Vvu => Ok(Served::Vvu(Box::new(VvuRun::start_with(testbed, "disk", image, &["--relay"])?))),
+        Backend::Vvu => Ok(Served::Vvu(Box::new(VvuRun::start_with(testbed, "disk", image, options)?))),
         on_host => on_host.serve(testbed, "disk", image),
     }
+}
+
+/// A bridge for `--bridge` that knows of no more vectors of the doorbell device than these, whatever `vvu run` says to it.
+fn bridge_with_vectors(testbed: &Testbed, vectors: u16) -> Result<String> {
+    let (path, bridge) = (testbed.folder().join("bridge"), workspace_program("vvu-bridge", "VVU_BRIDGE_BIN")?);
+    let replace = format!("shift; [ \"$last\" != --vectors ] || word={vectors}; set -- \"$@\" \"$word\"; last=$word");
+    fs::write(&path, format!("#!/bin/sh\nfor word do {replace}; done\nexec '{}' \"$@\"\n", bridge.display()))?;
+    fs::set_permissions(&path, Permissions::from_mode(0o700))?;
+    Ok(path.display().to_string())
 }
 
 /// How often the bridge has run meanwhile, if there is one.
@@ -89,23 +103,47 @@ fn a_file_system_survives_reboots() -> Result<()> {
 }
 
 /// Path: a device that starts and stops over and over, each time with new kick and call eventfds, a fresh ring and a first
-/// request that nobody may lose.
+/// request that nobody may lose; at first by its driver, then by its VMM under load, until the doorbell device has no vector
+/// left: then the bridge relays, until there is another appliance VM.
 #[test]
 fn the_driver_comes_and_goes() -> Result<()> {
     machine_test("the_driver_comes_and_goes", |testbed| {
         let image = image(testbed, 16 * MIB)?;
-        let served = serve(testbed, &ServedImage::writable(&image))?;
-        let mut vm = driver_vm(testbed, &served).boot()?;
+        // One for the relay, for starts by firmware and by the kernel's boot, and for the first ones under load.
+        let bridge = bridge_with_vectors(testbed, 1 + 2 + DRIVER_STARTS + STARTS_UNDER_LOAD / 2)?;
+        let mut served = serve_with(testbed, &ServedImage::writable(&image), &["--bridge", &bridge])?;
+        let mut witness = Witness::new(testbed, "witness", 10, Load::default())?;
+        let mut vm = driver_vm(testbed, &served).ledger(witness.ledger()).boot()?;
         let device = vm.run("basename $(readlink -f /sys/block/vda/device)")?;
         let device = device.trim();
         let driver = "/sys/bus/virtio/drivers/virtio_blk";
-        for round in 0..25 {
+        for round in 0..DRIVER_STARTS {
             vm.run(&format!("echo {device} > {driver}/unbind && echo {device} > {driver}/bind"))
                 .and_then(|_| vm.run("dd if=/dev/vda of=/dev/null bs=64k count=4 iflag=direct"))
                 .with_context(|| format!("start {round} of the device"))?;
         }
+        witness.start(&mut vm, "/dev/vda")?;
+        let ran = bridge_ran_during(&served, || witness.await_turnover(&mut vm))?;
+        ensure!(ran.is_none_or(|count| count == 0), "the bridge has run {ran:?} times with vectors left");
+        for _ in 0..STARTS_UNDER_LOAD {
+            vm.qmp().execute("stop")?;
+            vm.qmp().execute("cont")?;
+            witness.await_turnover(&mut vm)?;
+        }
+        let ran = bridge_ran_during(&served, || witness.await_turnover(&mut vm))?;
+        ensure!(ran.is_none_or(|count| count > 0), "vectors have not run out");
+        if let Served::Vvu(run) = &mut served {
+            let log = fs::read_to_string(testbed.folder().join("disk-logs/bridge.log"))?;
+            ensure!(log.matches("are used up").count() == 1, "the operator is told once:\n{log}");
+            run.restart()?;
+            witness.await_turnover(&mut vm)?;
+        }
+        let ran = bridge_ran_during(&served, || witness.await_turnover(&mut vm))?;
+        ensure!(ran.is_none_or(|count| count == 0), "the bridge has run {ran:?} times with the vectors of a new appliance");
+        witness.stop(&mut vm)?;
         vm.power_off()?;
-        served.stop()
+        served.stop()?;
+        witness.verify_image(&image)
     })
 }
 
@@ -161,7 +199,7 @@ fn a_read_only_disk_refuses_writes() -> Result<()> {
         let image = image(testbed, 16 * MIB)?;
         File::options().write(true).open(&image)?.write_all_at(&[0x5a; 8192], MIB)?;
         let before = sha256(&image)?;
-        let served = serve_relayed(testbed, &ServedImage::writable(&image).read_only())?;
+        let served = serve_with(testbed, &ServedImage::writable(&image).read_only(), &["--relay"])?;
         let mut vm = driver_vm(testbed, &served).boot()?;
         ensure!(vm.run("cat /sys/block/vda/ro")?.trim() == "1");
         vm.run_refused("dd if=/dev/zero of=/dev/vda bs=4k count=1 oflag=direct")?;
