@@ -30,7 +30,10 @@ const NODE_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Debug, thiserror::Error)]
 pub enum WindowError {
     /// No node has come.
-    #[error("no device-DAX node of device set {uuid} has come within {} s", NODE_TIMEOUT.as_secs())]
+    #[error(
+        "no device-DAX node of device set {uuid} has come within {} s; the kernel has to be Linux 6.9 or newer",
+        NODE_TIMEOUT.as_secs()
+    )]
     NoNode {
         /// The device set.
         uuid: Uuid,
