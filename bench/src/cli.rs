@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 
+use crate::bare::{BareLoad, Method};
 use crate::disk::{Limit, Load, Pattern};
 use crate::messages::Messages;
 use crate::packets::Packets;
@@ -23,6 +24,8 @@ pub struct Cli {
 pub enum Command {
     /// Keep a number of requests to a disk under way
     Load(LoadOptions),
+    /// Read a file straight, with no back-end: what a back-end can reach at the most; prints JSON
+    Bare(BareOptions),
     /// Send frames from one port of a switch to another; prints JSON
     Packets(PacketsOptions),
     /// Send control messages, one at a time, and have memory mapped; prints JSON
@@ -33,6 +36,55 @@ pub enum Command {
         #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = parse_seconds)]
         time: Duration,
     },
+}
+
+/// Options of reads without a back-end.
+#[derive(Debug, Args)]
+pub struct BareOptions {
+    /// File or block device
+    #[arg(long, value_name = "PATH")]
+    file: PathBuf,
+    /// How the kernel is asked
+    #[arg(long, value_enum, default_value_t = MethodName::IoUring)]
+    method: MethodName,
+    /// Read blocks one after the other
+    #[arg(long)]
+    in_order: bool,
+    /// Length of a request in bytes; k stands for 1024
+    #[arg(long, value_name = "BYTES", default_value = "4k", value_parser = parse_bytes)]
+    block: u32,
+    /// Requests under way, 1 to 256
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    depth: u16,
+    /// How long
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = parse_seconds)]
+    time: Duration,
+    /// Seconds at the beginning that are not measured
+    #[arg(long, value_name = "SECONDS", default_value = "0.2", value_parser = parse_seconds)]
+    warm_up: Duration,
+    /// Look for completions all the time, instead of waiting for them
+    #[arg(long)]
+    polled: bool,
+}
+
+/// Ways to ask the kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum MethodName {
+    /// One thread with an io_uring
+    IoUring,
+    /// A thread for each CPU with one pread(2) after the other
+    Pread,
+}
+
+impl From<BareOptions> for BareLoad {
+    fn from(options: BareOptions) -> Self {
+        let BareOptions { file, method, in_order, block, depth, time, warm_up, polled } = options;
+        let method = match method {
+            MethodName::IoUring => Method::IoUring,
+            MethodName::Pread => Method::Pread,
+        };
+        Self { file, method, random: !in_order, block, depth, polled, limit: Limit::Time(time), warm_up }
+    }
 }
 
 /// Options of a load of frames.

@@ -16,6 +16,7 @@ use crate::ring::{Descriptor, NEXT, Place, WRITE};
 mod queue;
 
 use queue::Queue;
+pub(crate) use queue::{Blocks, Measurement};
 
 /// Device feature of virtio-blk: several queues.
 const BLK_F_MQ: u64 = 1 << 12;
@@ -86,7 +87,7 @@ pub struct Load {
 }
 
 /// What a queue's thread comes back with.
-struct Share {
+pub(crate) struct Share {
     requests: u64,
     seconds: f64,
     latencies: Latencies,
@@ -156,7 +157,7 @@ impl Load {
         for index in 0..places.len() {
             connection.stop_queue(index)?;
         }
-        let mut outcome = self.sum_up(&shares)?;
+        let mut outcome = sum_up(self.block, &shares)?;
         outcome.whole.processes = processes;
         outcome.features = connection.features();
         Ok(outcome)
@@ -219,25 +220,26 @@ impl Load {
         }
         Ok(())
     }
+}
 
-    fn sum_up(&self, shares: &[Share]) -> Result<Outcome, Error> {
-        let mut latencies = Latencies::new()?;
-        let mut whole = Whole::default();
-        for share in shares {
-            latencies.add(&share.latencies)?;
-            whole.add(&share.whole);
-        }
-        let iops = shares.iter().map(|share| share.requests as f64 / share.seconds).sum();
-        Ok(Outcome {
-            requests: shares.iter().map(|share| share.requests).sum(),
-            seconds: shares.iter().map(|share| share.seconds).fold(0.0, f64::max),
-            iops,
-            mib_per_second: iops * f64::from(self.block) / f64::from(1 << 20),
-            latency_us: latencies.summary(),
-            whole,
-            features: 0,
-        })
+/// What came of all threads together; `block` is the length of a request.
+pub(crate) fn sum_up(block: u32, shares: &[Share]) -> Result<Outcome, Error> {
+    let mut latencies = Latencies::new()?;
+    let mut whole = Whole::default();
+    for share in shares {
+        latencies.add(&share.latencies)?;
+        whole.add(&share.whole);
     }
+    let iops = shares.iter().map(|share| share.requests as f64 / share.seconds).sum();
+    Ok(Outcome {
+        requests: shares.iter().map(|share| share.requests).sum(),
+        seconds: shares.iter().map(|share| share.seconds).fold(0.0, f64::max),
+        iops,
+        mib_per_second: iops * f64::from(block) / f64::from(1 << 20),
+        latency_us: latencies.summary(),
+        whole,
+        features: 0,
+    })
 }
 
 impl QueuePlace {

@@ -39,6 +39,17 @@ pub enum Error {
         /// What the system says.
         source: Errno,
     },
+    /// A file cannot be opened.
+    #[error("cannot open {}", .path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// A file became shorter.
+    #[error("the file ended before a block")]
+    Short,
     /// Driver memory cannot be had.
     #[error("cannot map {len} bytes of memory for driver and device")]
     Map {

@@ -7,7 +7,7 @@
 //!
 //! - [`connection`]: the messages of a front-end, and the signals of a queue;
 //! - [`memory`], [`ring`]: what driver and device share;
-//! - [`disk`]: virtio-blk requests, in numbers;
+//! - [`disk`]: virtio-blk requests, in numbers; [`bare`]: the same reads without a back-end;
 //! - [`packets`]: virtio-net frames from one port of a switch to another;
 //! - [`messages`]: control messages; [`hop`]: what the system itself takes for a signal;
 //! - [`latency`], [`processes`], [`outcome`]: what is measured;
@@ -18,6 +18,7 @@
 //! they read: the tests of the back-ends do that, with `vvu-test-driver`, which can break every rule, fails where it meets the
 //! unexpected, and is slower for it.
 
+pub mod bare;
 pub mod cli;
 pub mod connection;
 pub mod disk;

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::Parser;
 use serde::Serialize;
+use vvu_bench::bare::BareLoad;
 use vvu_bench::cli::{Cli, Command};
 use vvu_bench::hop;
 use vvu_bench::messages::Messages;
@@ -29,6 +30,7 @@ fn run(command: Command) -> anyhow::Result<()> {
             let outcome = options.load().run()?;
             if json { print_json(&outcome) } else { print(&outcome) }
         }
+        Command::Bare(options) => print_json(&BareLoad::from(options).run()?),
         Command::Packets(options) => print_json(&Packets::from(options).run()?),
         Command::Messages(options) => print_json(&Messages::from(options).run()?),
         Command::Hop { time } => print_json(&hop::run(time)?),

@@ -8,7 +8,7 @@ use std::os::fd::AsRawFd;
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vhost::VhostUserMemoryRegionInfo;
-use vm_memory::{AtomicInteger, FileOffset, MmapRegion, VolatileMemory};
+use vm_memory::{AtomicInteger, FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
 
 use crate::error::Error;
 
@@ -59,6 +59,14 @@ impl Memory {
     #[inline]
     pub fn at<T: AtomicInteger>(&self, address: usize) -> Result<&T, Error> {
         Ok(self.region.get_atomic_ref(address)?)
+    }
+
+    /// Bytes that the kernel is to write.
+    ///
+    /// # Errors
+    /// If they are outside of the memory.
+    pub fn slice(&self, address: usize, len: usize) -> Result<VolatileSlice<'_>, Error> {
+        Ok(self.region.get_slice(address, len)?)
     }
 
     /// What a front-end announces.

@@ -36,7 +36,7 @@ pub(super) struct Queue<'l> {
 }
 
 /// Where the next request goes.
-struct Blocks {
+pub(crate) struct Blocks {
     all: Range<u64>,
     next: u64,
     chance: Option<fastrand::Rng>,
@@ -45,7 +45,7 @@ struct Blocks {
 
 /// What is measured: everything that ends within a span of time, but at least one request; or the first so many requests after
 /// the warm-up.
-struct Measurement {
+pub(crate) struct Measurement {
     start: Instant,
     end: Option<Instant>,
     left: u64,
@@ -77,8 +77,8 @@ impl<'l> Queue<'l> {
 
     /// Runs the load on a range of blocks, from `begin` on.
     pub(super) fn run(mut self, blocks: Range<u64>, begin: Instant) -> Result<Share, Error> {
-        let mut blocks = Blocks::new(self.load, blocks);
-        let mut measurement = Measurement::new(self.load, begin);
+        let mut blocks = Blocks::new(self.load.pattern.random, self.load.block, blocks);
+        let mut measurement = Measurement::new(self.load.warm_up, self.load.limit, u64::from(self.load.queues), begin);
         self.ring.ask_for_calls(false)?;
         let now = Instant::now();
         for slot in 0..self.load.depth {
@@ -102,8 +102,7 @@ impl<'l> Queue<'l> {
         self.whole.calls = self.signals.calls();
         // The thread was made for this.
         self.whole.load = processes::own_thread();
-        let seconds = measurement.last.duration_since(measurement.start).as_secs_f64();
-        Ok(Share { requests: measurement.requests, seconds, latencies: self.latencies, whole: self.whole })
+        Ok(measurement.share(self.latencies, self.whole))
     }
 
     fn offer(&mut self, slot: u16, blocks: &mut Blocks, now: Instant) -> Result<(), Error> {
@@ -176,13 +175,14 @@ impl<'l> Queue<'l> {
 }
 
 impl Blocks {
-    fn new(load: &Load, all: Range<u64>) -> Self {
+    /// Of `block` bytes each.
+    pub(crate) fn new(random: bool, block: u32, all: Range<u64>) -> Self {
         // The same requests in each run.
-        let chance = load.pattern.random.then(|| fastrand::Rng::with_seed(all.start));
-        Self { next: all.start, all, chance, sectors: u64::from(load.block) / SECTOR }
+        let chance = random.then(|| fastrand::Rng::with_seed(all.start));
+        Self { next: all.start, all, chance, sectors: u64::from(block) / SECTOR }
     }
 
-    fn next_sector(&mut self) -> u64 {
+    pub(crate) fn next_sector(&mut self) -> u64 {
         if let Some(chance) = &mut self.chance {
             return chance.u64(self.all.clone()) * self.sectors;
         }
@@ -193,17 +193,18 @@ impl Blocks {
 }
 
 impl Measurement {
-    fn new(load: &Load, begin: Instant) -> Self {
-        let start = begin + load.warm_up;
-        let (end, left) = match load.limit {
+    /// Of one of several equal threads.
+    pub(crate) fn new(warm_up: Duration, limit: Limit, threads: u64, begin: Instant) -> Self {
+        let start = begin + warm_up;
+        let (end, left) = match limit {
             Limit::Time(time) => (Some(start + time), u64::MAX),
-            Limit::Count(count) => (None, count.div_ceil(u64::from(load.queues))),
+            Limit::Count(count) => (None, count.div_ceil(threads)),
         };
         Self { start, end, left, requests: 0, last: start + Duration::from_nanos(1) }
     }
 
     /// Whether a request that ends now is measured; notes it.
-    fn counts(&mut self, now: Instant) -> bool {
+    pub(crate) fn counts(&mut self, now: Instant) -> bool {
         if now < self.start || self.is_over(now) {
             return false;
         }
@@ -213,37 +214,32 @@ impl Measurement {
         true
     }
 
-    fn is_over(&self, now: Instant) -> bool {
+    pub(crate) fn is_over(&self, now: Instant) -> bool {
         self.left == 0 || (self.requests > 0 && self.end.is_some_and(|end| now >= end))
+    }
+
+    /// What the thread comes back with.
+    pub(crate) fn share(&self, latencies: Latencies, whole: Whole) -> Share {
+        let seconds = self.last.duration_since(self.start).as_secs_f64();
+        Share { requests: self.requests, seconds, latencies, whole }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::disk::Pattern;
 
-    fn load(random: bool, limit: Limit) -> Load {
-        Load {
-            socket: "/nowhere".into(),
-            pattern: Pattern { writes: false, random },
-            block: 4096,
-            depth: 1,
-            queues: 2,
-            polled: false,
-            direct: false,
-            limit,
-            warm_up: Duration::from_secs(1),
-            watched: Vec::new(),
-        }
+    /// Of two threads.
+    fn of_two(limit: Limit, begin: Instant) -> Measurement {
+        Measurement::new(Duration::from_secs(1), limit, 2, begin)
     }
 
     #[test]
     fn blocks_come_round_and_random_ones_stay_in_their_part() {
-        let mut blocks = Blocks::new(&load(false, Limit::Count(1)), 3..5);
+        let mut blocks = Blocks::new(false, 4096, 3..5);
         let sectors: Vec<_> = (0..3).map(|_| blocks.next_sector()).collect();
         assert_eq!(sectors, [24, 32, 24]);
-        let mut blocks = Blocks::new(&load(true, Limit::Count(1)), 3..5);
+        let mut blocks = Blocks::new(true, 4096, 3..5);
         let sectors: Vec<_> = (0..64).map(|_| blocks.next_sector()).collect();
         assert!(sectors.contains(&24) && sectors.contains(&32) && sectors.iter().all(|s| [24, 32].contains(s)));
     }
@@ -252,11 +248,11 @@ mod tests {
     fn what_ends_in_the_warm_up_or_too_late_does_not_count() {
         let begin = Instant::now();
         let at = |ms| begin + Duration::from_millis(ms);
-        let mut measurement = Measurement::new(&load(false, Limit::Time(Duration::from_secs(1))), begin);
+        let mut measurement = of_two(Limit::Time(Duration::from_secs(1)), begin);
         assert!(!measurement.counts(at(999)) && measurement.counts(at(1000)) && measurement.counts(at(1999)));
         assert!(!measurement.counts(at(2000)) && measurement.is_over(at(2000)));
         assert_eq!((measurement.requests, measurement.last), (2, at(1999)));
-        let mut slow = Measurement::new(&load(false, Limit::Time(Duration::from_secs(1))), begin);
+        let mut slow = of_two(Limit::Time(Duration::from_secs(1)), begin);
         assert!(!slow.is_over(at(3000)) && slow.counts(at(3000)) && slow.is_over(at(3000)));
     }
 
@@ -264,7 +260,7 @@ mod tests {
     fn a_count_is_shared_by_the_queues() {
         let begin = Instant::now();
         let later = begin + Duration::from_secs(9);
-        let mut measurement = Measurement::new(&load(false, Limit::Count(3)), begin);
+        let mut measurement = of_two(Limit::Count(3), begin);
         assert!(measurement.counts(later) && measurement.counts(later) && measurement.is_over(later));
     }
 }

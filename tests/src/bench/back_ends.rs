@@ -1,7 +1,7 @@
 //! Figures: our block back-end and qemu-storage-daemon, both on the host, under the same load: what the back-end costs without
 //! any VM.
 //!
-//! Each in two ways: as it waits for kicks, and as it polls for a while first (`--poll auto`; the daemon with an I/O thread).
+//! Beside them the limit: the same reads without a back-end. Each in two ways: as it waits for kicks, and as it polls for a while first (`--poll auto`; the daemon with an I/O thread).
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -50,7 +50,8 @@ pub fn run(runs: Runs) -> Result<()> {
 
     let mut document = Report::new(
         "backend",
-        "vvu-blk and qemu-storage-daemon on the host, random reads by `vvu-bench load`, in turns; median of the rounds. Ratios, each of one round: \
+        "vvu-blk and qemu-storage-daemon on the host, random reads by `vvu-bench load`, in turns; median of the rounds. The limit is \
+         what the kernel gives to the faster of an io_uring and a pread(2) for each CPU (`vvu-bench bare`). Ratios, each of one round: \
          **IOPS** [least..most]; latency; processor time of load and back-end together."
             .to_owned(),
         format!("cargo xtask bench backend --rounds {} --runtime {}", runs.rounds, runs.runtime.as_secs_f64()),
@@ -82,7 +83,11 @@ fn measure_storage(
         ways.push(Way { name: format!("vvu-blk, {word}"), against: Some(ways.len() - 1), ..way });
         processes.push(process);
     }
-    measure(&ways, points, runs)
+    let file = match storage {
+        Storage::Null => None,
+        Storage::File(path) => Some(*path),
+    };
+    measure(&ways, file, points, runs)
 }
 
 /// Serves a disk by vvu-blk. The socket listens before the program starts and is inherited, so there is nothing to wait for.

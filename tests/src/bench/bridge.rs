@@ -62,7 +62,7 @@ pub fn run(runs: Runs) -> Result<()> {
     let handed_over = Way { name: "loopback, handed over".to_owned(), against: Some(0), ..behind };
     let ways = [first, handed_over, Way { against: Some(0), ..relayed }];
     let one = [false, true].map(|polled| Point { storage: "null", pattern: "randread", block: "4k", depth: 1, polled });
-    report(&mut document, &measure(&ways, &one, runs)?, true)?;
+    report(&mut document, &measure(&ways, None, &one, runs)?, true)?;
     testbed.remove_images()?;
     finish_report(&document)
 }

@@ -32,7 +32,7 @@ pub fn loopback(runs: Runs) -> Result<()> {
     let (handed_over, _processes) = through_loopback(&testbed, &Storage::Null, "off", Signals::HandedOver)?;
     let (relayed, _more) = through_loopback(&testbed, &Storage::Null, "off", Signals::Relayed)?;
     let ways = [first, Way { against: Some(0), ..handed_over }, Way { against: Some(0), ..relayed }];
-    report(&mut document, &measure(&ways, &all_points("null", "randread"), runs)?, true)?;
+    report(&mut document, &measure(&ways, None, &all_points("null", "randread"), runs)?, true)?;
     finish_report(&document)
 }
 
@@ -58,7 +58,7 @@ pub fn appliance(runs: Runs) -> Result<()> {
     let (relayed, other) = through_appliance(&testbed, &served, "auto", Signals::Relayed)?;
     let ways = [first, Way { against: Some(0), ..handed_over }, Way { against: Some(0), ..relayed }];
     let interrupts: Vec<Point> = all_points("file", "randread").into_iter().filter(|point| !point.polled).collect();
-    report(&mut document, &measure(&ways, &interrupts, runs)?, true)?;
+    report(&mut document, &measure(&ways, None, &interrupts, runs)?, true)?;
     one.stop()?;
     other.stop()?;
     testbed.remove_images()?;

@@ -1,8 +1,12 @@
 //! Several vhost-user sockets under the same load, in turns: the load program, `vvu-bench`, is the same for all of them.
 //!
 //! At each point every way gets its run, and the next round begins with another way; ratios are those of neighbouring runs.
+//!
+//! For a disk in a file each round begins with the *limit*: the same reads without any back-end, by the faster of the two methods
+//! of `vvu-bench bare`. Where a back-end is near it, none can be much faster.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -64,6 +68,8 @@ pub(crate) struct Cell {
     costs: Vec<Cost>,
     /// What it is compared with, if it is.
     compared: Option<Compared>,
+    /// Within each round, its IOPS divided by those of the limit, if that was measured.
+    of_limit: Option<Spread>,
     /// Of all rounds: upper ends of ranges in microseconds, and requests.
     histogram: Vec<(f64, u64)>,
 }
@@ -114,13 +120,17 @@ pub(crate) fn all_points(storage: &'static str, pattern: &'static str) -> Vec<Po
     points
 }
 
-/// Measures all ways at each point.
-pub(crate) fn measure(ways: &[Way], points: &[Point], runs: Runs) -> Result<Vec<Vec<Cell>>> {
+/// Measures all ways at each point, and with `bare` the limit of the file that their disk is in.
+pub(crate) fn measure(ways: &[Way], bare: Option<&Path>, points: &[Point], runs: Runs) -> Result<Vec<Vec<Cell>>> {
     let mut all = Vec::new();
     for point in points {
         eprintln!("bench: {}", point.title());
         let mut outcomes: Vec<Vec<Outcome>> = ways.iter().map(|_| Vec::new()).collect();
+        let mut limits = Vec::new();
         for round in 0..runs.rounds.max(1) as usize {
+            if let Some(file) = bare {
+                limits.push(limit(file, point, runs.runtime).with_context(|| format!("limit, {}", point.title()))?);
+            }
             let mut turns: Vec<_> = ways.iter().zip(&mut outcomes).collect();
             turns.rotate_left(round % ways.len().max(1));
             for (way, outcomes) in turns {
@@ -128,45 +138,75 @@ pub(crate) fn measure(ways: &[Way], points: &[Point], runs: Runs) -> Result<Vec<
                     .push(load(way, point, runs.runtime).with_context(|| format!("{}, {}", way.name, point.title()))?);
             }
         }
-        all.push(ways.iter().zip(&outcomes).map(|(way, own)| cell(way, point, own, ways, &outcomes)).collect());
+        let is_limited = !limits.is_empty();
+        let limit = is_limited.then(|| cell("limit", &[], point, &limits));
+        let cells = ways.iter().zip(&outcomes).map(|(way, own)| Cell {
+            compared: way.against.and_then(|other| Some(compared(ways.get(other)?, own, outcomes.get(other)?))),
+            of_limit: is_limited.then(|| ratio(own, &limits, &|outcome| outcome.iops)),
+            ..cell(&way.name, &way.processes, point, own)
+        });
+        all.push(limit.into_iter().chain(cells).collect());
     }
     Ok(all)
 }
 
+/// The better one of what `vvu-bench bare` reaches.
+fn limit(file: &Path, point: &Point, runtime: Duration) -> Result<Outcome> {
+    let bare = |method: &str| {
+        let mut command = load_program()?;
+        command.args(["bare", "--method", method, "--file"]).arg(file);
+        add_point(&mut command, point, runtime);
+        read_outcome(command)
+    };
+    let (io_uring, pread) = (bare("io-uring")?, bare("pread")?);
+    Ok(if pread.iops > io_uring.iops { pread } else { io_uring })
+}
+
 fn load(way: &Way, point: &Point, runtime: Duration) -> Result<Outcome> {
     let mut command = load_program()?;
-    command.args(["load", "--json", "--pattern", point.pattern, "--block", point.block, "--socket"]).arg(&way.socket);
-    command.args(["--depth", &point.depth.to_string(), "--time", &runtime.as_secs_f64().to_string()]);
-    command.args(["--warm-up", &WARM_UP.as_secs_f64().to_string()]);
-    if point.polled {
-        command.arg("--polled");
-    }
+    command.args(["load", "--json", "--pattern", point.pattern, "--socket"]).arg(&way.socket);
     for (_, pid) in &way.processes {
         command.args(["--watch", &pid.to_string()]);
     }
+    add_point(&mut command, point, runtime);
+    read_outcome(command)
+}
+
+fn add_point(command: &mut Command, point: &Point, runtime: Duration) {
+    command.args(["--block", point.block, "--depth", &point.depth.to_string()]);
+    command.args(["--time", &runtime.as_secs_f64().to_string(), "--warm-up", &WARM_UP.as_secs_f64().to_string()]);
+    if point.polled {
+        command.arg("--polled");
+    }
+}
+
+fn read_outcome(mut command: Command) -> Result<Outcome> {
     serde_json::from_str(&output_of(&mut command)?).context("vvu-bench says something else than expected")
 }
 
-fn cell(way: &Way, point: &Point, own: &[Outcome], ways: &[Way], outcomes: &[Vec<Outcome>]) -> Cell {
+fn ratio(own: &[Outcome], theirs: &[Outcome], figure: &dyn Fn(&Outcome) -> f64) -> Spread {
+    Spread::of(own.iter().zip(theirs).map(|(own, theirs)| figure(own) / figure(theirs)).collect())
+}
+
+fn compared(with: &Way, own: &[Outcome], theirs: &[Outcome]) -> Compared {
+    Compared {
+        with: with.name.clone(),
+        iops: ratio(own, theirs, &|o| o.iops),
+        p50: ratio(own, theirs, &|o| o.latency_us.p50),
+        processor: ratio(own, theirs, &processor_per_request),
+    }
+}
+
+/// Not compared with anything.
+fn cell(name: &str, processes: &[(&'static str, u32)], point: &Point, own: &[Outcome]) -> Cell {
     let spread = |figure: &dyn Fn(&Outcome) -> f64| Spread::of(own.iter().map(figure).collect());
-    let compared = way.against.and_then(|other| ways.get(other).zip(outcomes.get(other))).map(|(other, theirs)| {
-        let ratio = |figure: &dyn Fn(&Outcome) -> f64| {
-            Spread::of(own.iter().zip(theirs).map(|(own, theirs)| figure(own) / figure(theirs)).collect())
-        };
-        Compared {
-            with: other.name.clone(),
-            iops: ratio(&|o| o.iops),
-            p50: ratio(&|o| o.latency_us.p50),
-            processor: ratio(&processor_per_request),
-        }
-    });
     let each = |figure: &dyn Fn(&Outcome) -> u64| spread(&|o| figure(o) as f64 / o.whole.requests.max(1) as f64);
     let mut costs = vec![Cost {
         process: "load".to_owned(),
         switches_per_request: each(&|o| o.whole.load.voluntary_switches + o.whole.load.involuntary_switches),
         processor_us_per_request: spread(&|o| o.whole.load.processor_ns as f64 / 1e3 / o.whole.requests.max(1) as f64),
     }];
-    costs.extend(way.processes.iter().enumerate().map(|(index, (name, _))| {
+    costs.extend(processes.iter().enumerate().map(|(index, (name, _))| {
         let usage = move |outcome: &Outcome| outcome.whole.processes.get(index).map(|p| p.usage).unwrap_or_default();
         Cost {
             process: (*name).to_owned(),
@@ -175,7 +215,7 @@ fn cell(way: &Way, point: &Point, own: &[Outcome], ways: &[Way], outcomes: &[Vec
         }
     }));
     Cell {
-        way: way.name.clone(),
+        way: name.to_owned(),
         point: point.clone(),
         iops: spread(&|o| o.iops),
         p50_us: spread(&|o| o.latency_us.p50),
@@ -184,7 +224,8 @@ fn cell(way: &Way, point: &Point, own: &[Outcome], ways: &[Way], outcomes: &[Vec
         kicks_per_request: each(&|o| o.whole.kicks),
         calls_per_request: each(&|o| o.whole.calls),
         costs,
-        compared,
+        compared: None,
+        of_limit: None,
         histogram: own.iter().flat_map(|outcome| outcome.latency_us.histogram.clone()).collect(),
     }
 }
@@ -204,7 +245,9 @@ pub(crate) fn report(report: &mut Report, cells: &[Vec<Cell>], counts: bool) -> 
     for row in cells {
         let Some(first) = row.first() else { continue };
         let Point { storage, pattern, .. } = first.point;
-        let title = format!("{storage}, {pattern}: IOPS, and half of the requests took at most so many µs");
+        let shares =
+            if row.iter().any(|cell| cell.of_limit.is_some()) { ", and the share of the limit's IOPS" } else { "" };
+        let title = format!("{storage}, {pattern}: IOPS, and half of the requests took at most so many µs{shares}");
         match groups.last_mut().filter(|group| group.0 == title) {
             Some(group) => group.1.push(row),
             None => groups.push((title, vec![row])),
@@ -236,7 +279,11 @@ fn speeds(title: &str, rows: &[&Vec<Cell>]) -> Table {
     columns.extend(ways.iter().filter_map(ratio));
     let line = |row: &&Vec<Cell>| {
         let mut line = row.first().map_or_else(Vec::new, |cell| point_cells(&cell.point).to_vec());
-        line.extend(row.iter().map(|cell| format!("{:.0}; {:.1}", cell.iops.median, cell.p50_us.median)));
+        let figures = |cell: &Cell| {
+            let share = cell.of_limit.map_or_else(String::new, |share| format!("; {:.2}", share.median));
+            format!("{:.0}; {:.1}{share}", cell.iops.median, cell.p50_us.median)
+        };
+        line.extend(row.iter().map(figures));
         let ratios = |with: &Compared| {
             let Spread { median, least, most } = with.iops;
             format!("**{median:.2}** [{least:.2}..{most:.2}]; {:.2}; {:.2}", with.p50.median, with.processor.median)
