@@ -139,7 +139,7 @@ fn the_driver_comes_and_goes() -> Result<()> {
             witness.await_turnover(&mut vm)?;
         }
         let ran = bridge_ran_during(&served, || witness.await_turnover(&mut vm))?;
-        ensure!(ran.is_none_or(|count| count == 0), "the bridge has run {ran:?} times with the vectors of a new appliance");
+        ensure!(ran.is_none_or(|count| count == 0), "the bridge has run {ran:?} times with a new appliance");
         witness.stop(&mut vm)?;
         vm.power_off()?;
         served.stop()?;
