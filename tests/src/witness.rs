@@ -103,6 +103,7 @@ impl Witness {
             (Control::FlushOneIn, self.load.flush_one_in),
             (Control::VerifyAsked, 0),
             (Control::SharesVerified, 0),
+            (Control::WordsRestored, 0),
             (Control::Stop, 0),
             (Control::State, State::Idle as u64),
             (Control::Completions, 0),
@@ -133,7 +134,7 @@ impl Witness {
         self.await_while_it_runs(vm, || Ok(self.completions()? >= target))
     }
 
-    /// Has every block read and compared while the load goes on.
+    /// Has every block read and compared while the load goes on, and the ledger put right before.
     ///
     /// # Errors
     /// As [`Witness::await_requests`].
@@ -153,7 +154,8 @@ impl Witness {
             if now > seen {
                 (seen, deadline) = (now, Instant::now() + PATIENCE);
             } else if Instant::now() > deadline {
-                bail!("no request has completed for {PATIENCE:.0?}\n{}", vm.blocked_tasks());
+                let said = vm.run(&format!("cat {LOG}")).unwrap_or_default();
+                bail!("no request has completed for {PATIENCE:.0?}\n{said}\n{}", vm.blocked_tasks());
             }
         }
         Ok(())
@@ -227,6 +229,14 @@ impl Witness {
         }
         ensure!(wrong.is_empty(), "{} of {} blocks are wrong:\n{}", wrong.len(), self.load.blocks, wrong.join("\n"));
         Ok(())
+    }
+
+    /// Words of the ledger that a migration has lost and [`Witness::verify`] has found and put back, since the load started.
+    ///
+    /// # Errors
+    /// If the ledger cannot be read.
+    pub fn words_restored(&self) -> Result<u64> {
+        self.get(Control::WordsRestored)
     }
 
     /// Makes a new ledger, for a machine to which this one migrates: QEMU brings the content along.

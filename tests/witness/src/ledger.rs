@@ -6,6 +6,10 @@
 //! completed (*durable*). Always: durable ≤ acknowledged ≤ begun. Only the writer that owns a block stores into its words,
 //! in the order in which things happen, so a reader that finds the memory after the machine was killed knows exactly how
 //! far each write came.
+//!
+//! The writer knows these words by heart as well and never reads them again: under TCG a live migration can lose stores to a
+//! small block of memory like this one (docs/front-ends.md, "Live migration under TCG"). Such words are found and put
+//! back when the host asks for it ([`Control::VerifyAsked`]).
 
 /// Bytes of a ledger.
 pub const LEDGER_LEN: u64 = 2 << 20;
@@ -41,7 +45,8 @@ pub enum Control {
     Writers,
     /// One of how many requests is a FLUSH.
     FlushOneIn,
-    /// How often the host has asked for all blocks to be read and compared while the load runs.
+    /// How often the host has asked for the words of all blocks to be put right, and for all blocks to be read and compared,
+    /// while the load runs.
     VerifyAsked,
     /// Not 0: stop after the requests in flight.
     Stop,
@@ -53,6 +58,8 @@ pub enum Control {
     Flushes,
     /// Shares that were read as [`Control::VerifyAsked`] says, all writers together.
     SharesVerified,
+    /// Words of blocks that were not as their writer had left them, and were put back.
+    WordsRestored,
     /// Longest time in nanoseconds in which no request completed, since the host last stored 0 here.
     LongestGap,
     /// What went wrong, a [`Failure`]; the following words say more.
@@ -124,6 +131,11 @@ impl Record {
     /// Index of the first word of `block`: begun, then acknowledged, then durable.
     pub fn first_word(block: u64) -> u64 {
         CONTROL_WORDS + block * WORDS_PER_BLOCK
+    }
+
+    /// The words in the order in which a ledger has them.
+    pub fn words(self) -> [u64; 3] {
+        [self.begun, self.acknowledged, self.durable]
     }
 }
 

@@ -6,17 +6,18 @@
 //! old generation there), and now and then flushes. At the end all blocks are read again. Exit code 0: nothing was wrong.
 
 mod mapping;
+mod share;
 mod writer;
 
 use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt;
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use vvu_witness::ledger::{BLOCKS_MAX, Control, Failure, State};
+use vvu_witness::ledger::{BLOCKS_MAX, Control, State};
 
 use crate::mapping::Ledger;
 use crate::writer::{Fault, Writer};
@@ -43,19 +44,19 @@ fn run() -> Result<()> {
         .open(&device)
         .with_context(|| format!("cannot open {}", device.display()))?;
     let ledger = Ledger::open()?;
-    let clock = Clock { start: Instant::now(), last: AtomicU64::new(0), ledger };
+    let clock = Clock { start: Instant::now(), last: AtomicU64::new(0), failed: AtomicBool::new(false), ledger };
     let mut writers = writers(&device, &clock)?;
     ledger.store(Control::State, State::Verifying as u64);
-    each(&mut writers, ledger, |writer| writer.verify())?;
+    each(&mut writers, &clock, |writer| writer.verify())?;
     clock.restart();
     ledger.store(Control::State, State::Running as u64);
-    each(&mut writers, ledger, |writer| {
-        while ledger.load(Control::Stop) == 0 && ledger.load(Control::Failure) == Failure::None as u64 {
+    each(&mut writers, &clock, |writer| {
+        while ledger.load(Control::Stop) == 0 && !clock.failed.load(Ordering::SeqCst) {
             writer.step()?;
         }
         Ok(())
     })?;
-    each(&mut writers, ledger, |writer| writer.verify())?;
+    each(&mut writers, &clock, |writer| writer.verify())?;
     ledger.store(Control::State, State::Stopped as u64);
     Ok(())
 }
@@ -73,7 +74,7 @@ fn writers<'a>(device: &'a File, clock: &'a Clock) -> Result<Vec<Writer<'a>>> {
 /// Runs `work` of all writers at the same time; the first fault goes to the ledger.
 fn each<'a>(
     writers: &mut [Writer<'a>],
-    ledger: Ledger,
+    clock: &Clock,
     work: impl Fn(&mut Writer<'a>) -> Result<(), Fault> + Sync,
 ) -> Result<()> {
     thread::scope(|scope| {
@@ -82,13 +83,14 @@ fn each<'a>(
             scope.spawn(move || {
                 if let Err(fault) = work(writer) {
                     eprintln!("vvu-witness: {fault}");
-                    fault.report(ledger);
+                    fault.report(clock.ledger);
+                    clock.failed.store(true, Ordering::SeqCst);
                 }
             });
         }
     });
-    if ledger.load(Control::Failure) != Failure::None as u64 {
-        ledger.store(Control::State, State::Failed as u64);
+    if clock.failed.load(Ordering::SeqCst) {
+        clock.ledger.store(Control::State, State::Failed as u64);
         bail!("the disk is not as it must be");
     }
     Ok(())
@@ -100,6 +102,8 @@ pub(crate) struct Clock {
     start: Instant,
     /// Nanoseconds from `start` to the last completion.
     last: AtomicU64,
+    /// Whether something was wrong: said here as well, because a migration may lose what the ledger says.
+    failed: AtomicBool,
     pub(crate) ledger: Ledger,
 }
 

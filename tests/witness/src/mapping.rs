@@ -70,22 +70,29 @@ impl Ledger {
         Record { begun, acknowledged, durable }
     }
 
-    pub(crate) fn set_begun(&self, block: u64, generation: u64) {
-        self.word(Record::first_word(block)).store(generation, Ordering::SeqCst);
-    }
-
-    pub(crate) fn set_acknowledged(&self, block: u64, generation: u64) {
-        self.word(Record::first_word(block) + 1).store(generation, Ordering::SeqCst);
-    }
-
-    pub(crate) fn set_durable(&self, block: u64, generation: u64) {
-        self.word(Record::first_word(block) + 2).store(generation, Ordering::SeqCst);
+    /// Stores the words of `block` that change from `before` to `after`; returns how many these are.
+    pub(crate) fn change(&self, block: u64, before: Record, after: Record) -> u64 {
+        let mut stored = 0;
+        for (index, (before, after)) in (0..).zip(before.words().into_iter().zip(after.words())) {
+            if before != after {
+                self.word(Record::first_word(block) + index).store(after, Ordering::SeqCst);
+                stored += 1;
+            }
+        }
+        stored
     }
 
     /// A word past the end, which a prepared ledger does not ask for, is one that nobody reads.
     fn word(&self, index: u64) -> &'static AtomicU64 {
         static NOWHERE: AtomicU64 = AtomicU64::new(0);
         usize::try_from(index).ok().and_then(|index| self.words.get(index)).unwrap_or(&NOWHERE)
+    }
+
+    /// A ledger that nobody shares, all zero.
+    #[cfg(test)]
+    pub(crate) fn in_heap() -> Self {
+        let words: Vec<AtomicU64> = (0..LEDGER_LEN / WORD_LEN).map(|_| AtomicU64::new(0)).collect();
+        Self { words: words.leak() }
     }
 }
 

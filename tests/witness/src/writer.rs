@@ -12,6 +12,7 @@ use vvu_witness::ledger::{Control, Failure};
 
 use crate::Clock;
 use crate::mapping::Ledger;
+use crate::share::Share;
 
 /// Most blocks of one request.
 const BLOCKS_PER_REQUEST: u64 = 8;
@@ -69,7 +70,7 @@ pub(crate) struct Writer<'a> {
     device: &'a File,
     clock: &'a Clock,
     ledger: Ledger,
-    share: Range<u64>,
+    share: Share,
     seed: u64,
     flush_one_in: u64,
     /// How often the share was verified while the load runs.
@@ -79,7 +80,7 @@ pub(crate) struct Writer<'a> {
 }
 
 impl<'a> Writer<'a> {
-    pub(crate) fn new(device: &'a File, clock: &'a Clock, number: u64, share: Range<u64>) -> Self {
+    pub(crate) fn new(device: &'a File, clock: &'a Clock, number: u64, blocks: Range<u64>) -> Self {
         let ledger = clock.ledger;
         let mut dice = Dice::new(ledger.load(Control::Order));
         for _ in 0..=number {
@@ -89,7 +90,7 @@ impl<'a> Writer<'a> {
             device,
             clock,
             ledger,
-            share,
+            share: Share::new(ledger, blocks),
             seed: ledger.load(Control::Seed),
             flush_one_in: ledger.load(Control::FlushOneIn),
             verified: 0,
@@ -100,19 +101,20 @@ impl<'a> Writer<'a> {
 
     /// Reads the whole share and compares it with what was acknowledged.
     pub(crate) fn verify(&mut self) -> Result<(), Fault> {
-        let mut first = self.share.start;
-        while first < self.share.end {
-            let count = BLOCKS_PER_REQUEST.min(self.share.end - first);
+        let Range { start: mut first, end } = self.share.blocks();
+        while first < end {
+            let count = BLOCKS_PER_REQUEST.min(end - first);
             self.read(first, count)?;
             first += count;
         }
         Ok(())
     }
 
-    /// Does one request of the load, or verifies the whole share if the host has asked for it.
+    /// Does one request of the load, or puts the ledger right and verifies the whole share if the host has asked for it.
     pub(crate) fn step(&mut self) -> Result<(), Fault> {
         let asked = self.ledger.load(Control::VerifyAsked);
         if self.verified < asked {
+            self.share.restore();
             self.verify()?;
             self.verified = asked;
             self.ledger.control(Control::SharesVerified).fetch_add(1, Ordering::SeqCst);
@@ -121,10 +123,10 @@ impl<'a> Writer<'a> {
         if self.dice.below(self.flush_one_in) == 0 && self.flush_one_in > 0 {
             return self.flush();
         }
-        let len = self.share.end - self.share.start;
-        let reach = if self.dice.below(2) == 0 { HOT_BLOCKS.min(len) } else { len };
-        let first = self.share.start + self.dice.below(reach);
-        let count = 1 + self.dice.below(BLOCKS_PER_REQUEST.min(self.share.end - first));
+        let Range { start, end } = self.share.blocks();
+        let reach = if self.dice.below(2) == 0 { HOT_BLOCKS.min(end - start) } else { end - start };
+        let first = start + self.dice.below(reach);
+        let count = 1 + self.dice.below(BLOCKS_PER_REQUEST.min(end - first));
         match self.dice.below(4) {
             0 => self.read(first, count),
             _ => self.write(first, count),
@@ -134,15 +136,15 @@ impl<'a> Writer<'a> {
     fn write(&mut self, first: u64, count: u64) -> Result<(), Fault> {
         let blocks = first..first + count;
         for (block, buffer) in blocks.clone().zip(&mut self.buffers) {
-            let generation = self.ledger.record(block).begun + 1;
+            let generation = self.share.record(block).begun + 1;
             buffer.fill(self.seed, block, generation);
-            self.ledger.set_begun(block, generation);
+            self.share.note(block, |record| record.begun = generation);
         }
         let slices: Vec<IoSlice<'_>> = blocks.clone().zip(&self.buffers).map(|(_, b)| IoSlice::new(&b.0)).collect();
         let moved = retry_on_intr(|| pwritev(self.device, &slices, offset(first)));
         check("write", first, count, moved)?;
         for block in blocks {
-            self.ledger.set_acknowledged(block, self.ledger.record(block).begun);
+            self.share.note(block, |record| record.acknowledged = record.begun);
         }
         self.clock.complete();
         Ok(())
@@ -156,7 +158,7 @@ impl<'a> Writer<'a> {
         check("read", first, count, moved)?;
         self.clock.complete();
         for (block, buffer) in blocks.zip(&self.buffers) {
-            let expected = self.ledger.record(block).acknowledged;
+            let expected = self.share.record(block).acknowledged;
             let found = buffer.content(self.seed, block);
             if found != Content::Generation(expected) {
                 return Err(Fault::Content { block, expected, found });
@@ -167,10 +169,10 @@ impl<'a> Writer<'a> {
 
     /// A FLUSH makes durable what was acknowledged before it began: of this share that is everything.
     fn flush(&mut self) -> Result<(), Fault> {
-        let block = self.share.start;
+        let block = self.share.blocks().start;
         rustix::fs::fdatasync(self.device).map_err(|errno| Fault::Io { block, request: "flush", errno })?;
-        for block in self.share.clone() {
-            self.ledger.set_durable(block, self.ledger.record(block).acknowledged);
+        for block in self.share.blocks() {
+            self.share.note(block, |record| record.durable = record.acknowledged);
         }
         self.ledger.control(Control::Flushes).fetch_add(1, Ordering::SeqCst);
         self.clock.complete();
