@@ -103,6 +103,23 @@ pub enum SetupError {
         /// The kernel's release.
         release: String,
     },
+    /// There is nothing to build a kernel of.
+    #[error(
+        "a kernel is built out of Debian's source package, and this system is no Debian 12 or 13 on x86-64 ({why})"
+    )]
+    NoKernelSource {
+        /// What is missing or different.
+        why: String,
+    },
+    /// A kernel's configuration is not what was wanted.
+    #[error(
+        "the kernel cannot be built with all of its options ({unmet}): the source has other options or conditions, or the \
+         compiler cannot do what one of them needs"
+    )]
+    KernelOptions {
+        /// The lines that do not hold.
+        unmet: String,
+    },
     /// A package has none of the files that it was fetched for.
     #[error("the unpacked packages have no {what} in {}: remove that directory and run `cargo xtask setup`", root.display())]
     Incomplete {

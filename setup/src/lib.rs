@@ -3,8 +3,8 @@
 //! the programs of the driver VM's root.
 //!
 //! Used by `cargo xtask setup`, which calls [`run`], and by everything that starts a machine
-//! (`guest-image`, `tests`), which reads the result with [`Setup::load`]; what few need, they ask for with [`Extra::root`] and
-//! [`RegistryProgram::root`].
+//! (`guest-image`, `tests`), which reads the result with [`Setup::load`]; what few need, they ask for with [`Extra::root`],
+//! [`RegistryProgram::root`] and [`BuiltKernel::with_options`].
 //!
 //! It never installs anything on the host's system, never needs root, never checks a signature itself
 //! (apt does) and never names a mirror (the machine's own apt configuration does).
@@ -21,6 +21,8 @@ mod distribution;
 mod error;
 mod extra;
 mod kernel;
+mod kernel_build;
+mod kernel_options;
 mod qemu;
 mod record;
 mod registry;
@@ -31,6 +33,7 @@ mod step;
 
 pub use error::SetupError;
 pub use extra::Extra;
+pub use kernel_build::BuiltKernel;
 pub use record::{Setup, cache_root};
 pub use registry::RegistryProgram;
 pub use run::{SetupOptions, run};

@@ -115,6 +115,11 @@ impl<'a> Provider<'a> {
         Ok(Self { cache, lock, debian: distribution::detect()?, search: std::env::var_os("PATH") })
     }
 
+    /// Codename of the machine's release, or why it is no Debian.
+    pub(crate) fn release(&self) -> Result<&str, &str> {
+        self.debian.as_ref().map(|debian| debian.codename.as_str()).map_err(String::as_str)
+    }
+
     /// Whether no packages can be unpacked.
     pub(crate) fn is_foreign(&self) -> bool {
         self.debian.is_err()

@@ -48,6 +48,22 @@ impl Step {
         }
     }
 
+    /// Source of the stock kernel, as one archive in a package.
+    pub(crate) fn kernel_source() -> Self {
+        Self {
+            name: "kernel-source",
+            what: "kernel source",
+            suites: appliance_suites(),
+            wanted: Wanted::DependencyOf("linux-source"),
+        }
+    }
+
+    /// What builds a kernel beside a C compiler, of the machine's own release: the library is linked with the machine's.
+    pub(crate) fn kernel_tools(codename: &str) -> Self {
+        let packages = ["bc", "bison", "flex", "libelf-dev", "m4", "make", "xz-utils"];
+        Self::packages("kernel-tools", "tools that build kernels", vec![codename.into()], codename, &packages)
+    }
+
     /// QEMU with the three devices of the device set, and its tools.
     pub(crate) fn qemu() -> Self {
         let packages = ["qemu-system-x86", "qemu-utils"];
@@ -99,7 +115,7 @@ pub(crate) fn recipe() -> String {
 }
 
 /// First 32 bits of a hash: tells a handful of recipes apart.
-fn hash_of(text: &str) -> String {
+pub(crate) fn hash_of(text: &str) -> String {
     let digest = Sha256::digest(text);
     digest.iter().take(4).map(|byte| format!("{byte:02x}")).collect()
 }
