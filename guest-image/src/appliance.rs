@@ -1,4 +1,4 @@
-//! The appliance image: a stock kernel, unpacked, and an initramfs that holds only what runs in it.
+//! The appliance image: a kernel, unpacked, and an initramfs that holds only what runs in it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,8 +7,8 @@ use vvu_setup::Setup;
 
 use crate::binaries::{ApplianceBinaries, build_appliance_binaries};
 use crate::error::{ImageError, at};
+use crate::flavour::KernelFlavour;
 use crate::initramfs::{DeviceKind, Initramfs};
-use crate::kernel::kernel_elf;
 use crate::manifest::{FileRecord, Manifest};
 use crate::modules::ModuleTree;
 
@@ -16,8 +16,8 @@ use crate::modules::ModuleTree;
 const MODULE_LIST: &str = "etc/modules.list";
 const UPLINK_MODULE_LIST: &str = "etc/modules-net.list";
 
-/// Kernel modules of the appliance; what they depend on comes along.
-const MODULES: [&str; 13] = [
+/// Kernel modules of the appliance; what they depend on comes along, and what a kernel has built in is left out.
+const MODULES: [&str; 12] = [
     // The configuration.
     "qemu_fw_cfg",
     // The disk.
@@ -25,7 +25,6 @@ const MODULES: [&str; 13] = [
     "virtio_blk",
     // The window: a virtio-pmem device that becomes a device-DAX node.
     "libnvdimm",
-    "nd_btt",
     "nd_pmem",
     "nd_virtio",
     "device_dax",
@@ -53,42 +52,46 @@ pub struct ApplianceFiles {
     pub manifest: Manifest,
 }
 
-/// Builds the programs of a workspace and of them `vmlinux`, `initrd` and `manifest.json`, in `appliance` below the
+/// Builds the programs of a workspace and of them `vmlinux`, `initrd` and `manifest.json`, in the flavour's directory below the
 /// given target directory.
 ///
 /// # Errors
 /// Any [`ImageError`].
-pub fn build_appliance_image(setup: &Setup, workspace: &Path, target: &Path) -> Result<ApplianceFiles, ImageError> {
+pub fn build_appliance_image(
+    setup: &Setup,
+    flavour: KernelFlavour,
+    workspace: &Path,
+    target: &Path,
+) -> Result<ApplianceFiles, ImageError> {
+    let kernel = flavour.kernel(setup)?;
     let binaries = build_appliance_binaries(workspace, target)?;
-    let (image, modules) = appliance_initramfs(setup, &binaries)?;
-    let packed_kernel = fs::read(&setup.kernel).map_err(at(&setup.kernel))?;
-    let kernel =
-        kernel_elf(&packed_kernel).map_err(|source| ImageError::Kernel { path: setup.kernel.clone(), source })?;
+    let (image, modules) = appliance_initramfs(&kernel.modules, &binaries)?;
     // Not compressed: QEMU hands it over faster than a guest unpacks it, above all without KVM.
     let initrd = image.finish()?;
     let manifest = Manifest {
-        kernel_release: setup.kernel_release.clone(),
-        kernel: FileRecord::of("vmlinux", &kernel),
+        kernel_flavour: flavour,
+        kernel_release: kernel.release,
+        kernel: FileRecord::of("vmlinux", &kernel.elf),
         initrd: FileRecord::of("initrd", &initrd),
         files: image.files(),
         modules,
     };
-    let directory = target.join("appliance");
+    let directory = target.join(flavour.directory());
     fs::create_dir_all(&directory).map_err(at(&directory))?;
     let mut json = serde_json::to_vec_pretty(&manifest)?;
     json.push(b'\n');
-    for (name, bytes) in [("vmlinux", &kernel), ("initrd", &initrd), ("manifest.json", &json)] {
+    for (name, bytes) in [("vmlinux", &kernel.elf), ("initrd", &initrd), ("manifest.json", &json)] {
         write_whole(&directory.join(name), bytes)?;
     }
     Ok(ApplianceFiles { kernel: directory.join("vmlinux"), initrd: directory.join("initrd"), binaries, manifest })
 }
 
-/// The appliance's initramfs and all of its modules in load order.
+/// The appliance's initramfs, with modules out of this directory, and all of these in load order.
 ///
 /// # Errors
 /// Any [`ImageError`] but those of building.
 pub fn appliance_initramfs(
-    setup: &Setup,
+    modules: &Path,
     binaries: &ApplianceBinaries,
 ) -> Result<(Initramfs, Vec<String>), ImageError> {
     let mut image = Initramfs::new();
@@ -101,7 +104,7 @@ pub fn appliance_initramfs(
     for mount_point in ["proc", "sys", "run", "tmp"] {
         image.add_dir(mount_point, 0o755)?;
     }
-    let tree = ModuleTree::open(&setup.modules)?;
+    let tree = ModuleTree::open(modules)?;
     let mut modules = tree.add_to(&mut image, MODULE_LIST, &MODULES)?;
     modules.extend(tree.add_to(&mut image, UPLINK_MODULE_LIST, &UPLINK_MODULES)?);
     Ok((image, modules))

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use vvu_setup::SetupError;
+
 use crate::kernel::KernelError;
 
 /// Why an image cannot be built.
@@ -60,6 +62,9 @@ pub enum ImageError {
         /// What is wrong with it.
         source: KernelError,
     },
+    /// The kernel is not there and cannot be had.
+    #[error(transparent)]
+    Setup(#[from] SetupError),
     /// A program, library or module is no 64-bit ELF file, or a damaged one.
     #[error("{} is not a readable ELF file", path.display())]
     Elf {

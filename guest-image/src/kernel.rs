@@ -1,4 +1,5 @@
-//! The kernel as QEMU starts it fastest: out of the compressed bzImage that distributions ship, the ELF file that is in it.
+//! The kernel as QEMU starts it fastest: out of the compressed bzImage that distributions ship, the ELF file that is in it, and of
+//! that what is loaded.
 //!
 //! A bzImage unpacks itself in the guest, which costs a large part of the boot without KVM and a copy of the packed image in each
 //! QEMU. The ELF file starts at its PVH entry ("x86/HVM direct boot ABI" of Xen, which QEMU's `-kernel` follows), and QEMU maps it,
@@ -60,11 +61,11 @@ pub enum KernelError {
     /// The payload is longer than any kernel.
     #[error("its payload has more than {MAX_KERNEL_LEN} bytes")]
     TooLong,
-    /// What was unpacked is no ELF file.
-    #[error("its payload is no readable ELF file")]
+    /// It is no ELF file, unpacked or as it was built.
+    #[error("there is no readable ELF file in it")]
     Elf(#[from] object::read::Error),
-    /// What was unpacked is no x86-64 kernel with an entry for PVH.
-    #[error("its payload is no x86-64 kernel with a PVH entry (CONFIG_PVH)")]
+    /// The ELF file is no x86-64 kernel with an entry for PVH.
+    #[error("there is no x86-64 kernel with a PVH entry (CONFIG_PVH) in it")]
     NoPvh,
 }
 
@@ -73,7 +74,7 @@ pub enum KernelError {
 /// # Errors
 /// [`KernelError`]; QEMU would start none of what is refused.
 pub fn kernel_elf(bzimage: &[u8]) -> Result<Vec<u8>, KernelError> {
-    reduced(&unpacked(payload(bzimage).ok_or(KernelError::NoPayload)?)?)
+    loaded_parts(&unpacked(payload(bzimage).ok_or(KernelError::NoPayload)?)?)
 }
 
 /// The compressed kernel.
@@ -117,7 +118,10 @@ fn read_whole(mut decoder: Take<impl Read>) -> Result<Vec<u8>, KernelError> {
 }
 
 /// The same kernel without sections, and without the zeros at the ends of its segments, which the loader makes.
-fn reduced(kernel: &[u8]) -> Result<Vec<u8>, KernelError> {
+///
+/// # Errors
+/// [`KernelError::Elf`] and [`KernelError::NoPvh`].
+pub(crate) fn loaded_parts(kernel: &[u8]) -> Result<Vec<u8>, KernelError> {
     let old = FileHeader64::<Endianness>::parse(kernel)?;
     let endian = old.endian()?;
     if old.e_machine(endian) != EM_X86_64 || !has_pvh_entry(old, endian, kernel)? {

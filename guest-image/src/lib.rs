@@ -13,6 +13,7 @@ mod binaries;
 mod driver;
 mod elf;
 mod error;
+mod flavour;
 mod initramfs;
 mod kernel;
 mod manifest;
@@ -26,6 +27,7 @@ pub use binaries::{
 };
 pub use driver::{DriverExtras, build_driver_image};
 pub use error::ImageError;
+pub use flavour::KernelFlavour;
 pub use initramfs::{DeviceKind, Initramfs};
 pub use kernel::{KernelError, kernel_elf};
 pub use manifest::{FileRecord, Manifest};

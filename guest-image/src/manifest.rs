@@ -4,6 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::flavour::KernelFlavour;
 use crate::initramfs::sha256_hex;
 
 /// A file's name, size and hash.
@@ -28,6 +29,8 @@ impl FileRecord {
 /// Content of `manifest.json`. Its `Display` is the table that `cargo xtask image` prints.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {
+    /// Where its kernel comes from.
+    pub kernel_flavour: KernelFlavour,
     /// What `uname -r` says in the appliance.
     pub kernel_release: String,
     /// The kernel image.
@@ -42,7 +45,7 @@ pub struct Manifest {
 
 impl fmt::Display for Manifest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{:>12}  {:<16}  kernel {}", "bytes", "sha256", self.kernel_release)?;
+        writeln!(f, "{:>12}  {:<16}  {} kernel {}", "bytes", "sha256", self.kernel_flavour, self.kernel_release)?;
         for file in [&self.kernel, &self.initrd] {
             write_line(f, file, "")?;
         }

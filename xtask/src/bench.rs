@@ -5,6 +5,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use vvu_guest_image::KernelFlavour;
 use vvu_tests::backend::Backend;
 use vvu_tests::bench::network::{self, NetworkOptions};
 use vvu_tests::bench::{self, BenchOptions, Runs, back_ends, boot, bridge, devices, memory, packets, paths};
@@ -14,7 +15,8 @@ use crate::cli::{Bench, Figure, Measured};
 use crate::workspace::{Profile, Workspace, run as run_command};
 use crate::{image, instructions};
 
-/// Tell the benchmark which programs to start (`vvu_tests::testbed::workspace_program`).
+/// Tell the benchmark which image and which programs to start (`vvu_tests::testbed::workspace_program`).
+const APPLIANCE_VARIABLE: &str = "VVU_APPLIANCE";
 const VVU_VARIABLE: &str = "VVU_BIN";
 const VVU_BENCH_VARIABLE: &str = "VVU_BENCH_BIN";
 const VVU_BLK_VARIABLE: &str = "VVU_BLK_BIN";
@@ -32,16 +34,21 @@ const LOAD_RUNTIME: Duration = Duration::from_millis(500);
 
 /// Runs the benchmark on the programs that the environment names, else on release builds.
 pub(crate) fn run(workspace: &Workspace, options: &Bench) -> anyhow::Result<()> {
+    let flavour = KernelFlavour::from(options.kernel);
     let own = || env::current_exe().context("cannot find this executable");
     if env::var_os(VVU_VARIABLE).is_none() && options.figure.needs_programs() {
         if options.figure.needs_image() {
-            image::build(workspace)?;
+            image::build(workspace, flavour)?;
         }
         workspace.build_programs(Profile::Release)?;
         let release = workspace.target.join("release");
         // The programs are named by the environment, which a process should not change for itself.
+        let mut again = Command::new(own()?);
+        if env::var_os(APPLIANCE_VARIABLE).is_none() {
+            again.env(APPLIANCE_VARIABLE, workspace.target.join(flavour.directory()));
+        }
         return run_command(
-            Command::new(own()?)
+            again
                 .args(env::args_os().skip(1))
                 .env(VVU_VARIABLE, release.join("vvu"))
                 .env(VVU_BENCH_VARIABLE, release.join("vvu-bench"))

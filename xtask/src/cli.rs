@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use vvu_guest_image::Overlay;
+use vvu_guest_image::{KernelFlavour, Overlay};
 use vvu_setup::SetupOptions;
 
 #[derive(Debug, Parser)]
@@ -21,8 +21,8 @@ pub(crate) enum Command {
     /// The cache is $VVU_CACHE, else $XDG_CACHE_HOME/vvu, else ~/.cache/vvu (about 450 MB). Nothing of the system is
     /// changed, and no rights are needed.
     Setup(Setup),
-    /// Build the appliance image in target/appliance and list what is in it
-    Image,
+    /// Build the appliance image in target/appliance, or target/appliance-minimal, and list what is in it
+    Image(Image),
     /// Put a back-end of others with its libraries into a directory, for `vvu run exec --overlay`
     ///
     /// It comes out of Debian's packages, or of the crate registry (then it is built, for tests: without optimisation).
@@ -68,6 +68,30 @@ pub(crate) struct Setup {
 impl From<Setup> for SetupOptions {
     fn from(options: Setup) -> Self {
         Self { qemu: options.qemu, kernel: options.kernel, modules: options.modules }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Image {
+    /// The appliance's kernel
+    #[arg(long, value_enum, value_name = "FLAVOUR", default_value_t = Kernel::Stock)]
+    pub(crate) kernel: Kernel,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Kernel {
+    /// The distribution's, as its package has it
+    Stock,
+    /// One with nothing in it but what an appliance needs, built of the distribution's source, once, in some minutes
+    Minimal,
+}
+
+impl From<Kernel> for KernelFlavour {
+    fn from(kernel: Kernel) -> Self {
+        match kernel {
+            Kernel::Stock => Self::Stock,
+            Kernel::Minimal => Self::Minimal,
+        }
     }
 }
 
@@ -143,6 +167,9 @@ pub(crate) struct Bench {
     /// Which disk is compared with qemu-storage-daemon's
     #[arg(long, value_enum, default_value_t = Measured::Vvu)]
     pub(crate) measured: Measured,
+    /// Kernel of the appliance VM
+    #[arg(long, value_enum, value_name = "FLAVOUR", default_value_t = Kernel::Stock)]
+    pub(crate) kernel: Kernel,
     /// Make the figures of instructions the baseline
     #[arg(long)]
     pub(crate) accept: bool,

@@ -4,7 +4,9 @@ use std::path::{Path, PathBuf};
 use std::{env, fs};
 
 use anyhow::{Context, bail};
-use vvu_guest_image::{ApplianceFiles, Overlay, appliance_initramfs, build_appliance_image, build_driver_binaries};
+use vvu_guest_image::{
+    ApplianceFiles, KernelFlavour, Overlay, appliance_initramfs, build_appliance_image, build_driver_binaries,
+};
 use vvu_setup::Setup;
 
 use crate::workspace::Workspace;
@@ -21,10 +23,10 @@ pub(crate) fn ensure_setup() -> anyhow::Result<Setup> {
 }
 
 /// Builds the appliance image, and the programs of the driver VM that tests start.
-pub(crate) fn build(workspace: &Workspace) -> anyhow::Result<ApplianceFiles> {
+pub(crate) fn build(workspace: &Workspace, flavour: KernelFlavour) -> anyhow::Result<ApplianceFiles> {
     let setup = ensure_setup()?;
     build_driver_binaries(&workspace.root, &workspace.target)?;
-    Ok(build_appliance_image(&setup, &workspace.root, &workspace.target)?)
+    Ok(build_appliance_image(&setup, flavour, &workspace.root, &workspace.target)?)
 }
 
 /// Makes a directory for `vvu run exec --overlay` and says what is in it and how it is called.
@@ -39,9 +41,9 @@ pub(crate) fn build_overlay(overlay: Overlay, directory: &Path) -> anyhow::Resul
 /// Assembles the initramfs again and compares; and looks for paths of this machine in it.
 pub(crate) fn check_reproducible(workspace: &Workspace) -> anyhow::Result<()> {
     let setup = ensure_setup()?;
-    let image = build_appliance_image(&setup, &workspace.root, &workspace.target)?;
+    let image = build_appliance_image(&setup, KernelFlavour::Stock, &workspace.root, &workspace.target)?;
     let first = fs::read(&image.initrd).with_context(|| format!("cannot read {}", image.initrd.display()))?;
-    let (again, _) = appliance_initramfs(&setup, &image.binaries)?;
+    let (again, _) = appliance_initramfs(&setup.modules, &image.binaries)?;
     if again.finish()? != first {
         bail!("the same input gave two different initramfs");
     }

@@ -18,6 +18,7 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 use std::process::ExitCode;
 
 use clap::Parser;
+use vvu_guest_image::KernelFlavour;
 use vvu_tests::demo::{self, DemoOptions};
 use vvu_tests::soak::{self, SoakOptions};
 
@@ -42,12 +43,12 @@ fn run(command: Command) -> anyhow::Result<bool> {
         Command::Setup(options) => {
             vvu_setup::run(&options.into())?;
         }
-        Command::Image => {
-            println!("{}", image::build(&workspace)?.manifest);
+        Command::Image(options) => {
+            println!("{}", image::build(&workspace, options.kernel.into())?.manifest);
         }
         Command::Overlay { program, directory } => image::build_overlay(program.into(), &directory)?,
         Command::Demo { keep_image } => {
-            image::build(&workspace)?;
+            image::build(&workspace, KernelFlavour::Stock)?;
             workspace.build_programs(Profile::Dev)?;
             demo::run(&DemoOptions { keep_image })?;
         }
@@ -56,7 +57,7 @@ fn run(command: Command) -> anyhow::Result<bool> {
         Command::Bench(options) => bench::run(&workspace, &options)?,
         Command::Capacity(options) => capacity::run(&workspace, &options)?,
         Command::Soak(options) => {
-            image::build(&workspace)?;
+            image::build(&workspace, KernelFlavour::Stock)?;
             workspace.build_programs(Profile::Dev)?;
             // Any number will do if only it is printed, which the soak does.
             let seed = options.seed.unwrap_or_else(|| RandomState::new().build_hasher().finish());

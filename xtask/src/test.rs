@@ -7,6 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use vvu_guest_image::KernelFlavour;
 
 use crate::cli::Test;
 use crate::report::{Outcome, Report, TestLines};
@@ -57,7 +58,7 @@ pub(crate) fn run(workspace: &Workspace, options: &Test) -> anyhow::Result<bool>
 
 fn machines(report: &mut Report, workspace: &Workspace, filter: Option<&str>) {
     if report.has_passed(SETUP) {
-        check(report, IMAGE, || image::build(workspace).map(drop));
+        check(report, IMAGE, || image::build(workspace, KernelFlavour::Stock).map(drop));
         check(report, "image is reproducible", || image::check_reproducible(workspace));
     }
     if report.has_passed(IMAGE) {
