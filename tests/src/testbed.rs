@@ -13,6 +13,7 @@ use vvu_setup::Setup;
 
 use crate::driver_image::DriverImage;
 use crate::process::last_lines;
+use crate::vvu_run::appliance_dir;
 
 /// Lines of each log that a failing test prints.
 const PRINTED_LINES: usize = 40;
@@ -50,6 +51,7 @@ pub struct Testbed {
     folder: PathBuf,
     sockets: TempDir,
     setup: Setup,
+    appliance: PathBuf,
     /// Holds the lock.
     _turn: File,
 }
@@ -74,7 +76,7 @@ impl Testbed {
         // A socket's path has at most 107 bytes; the folder of logs may be deeper than that.
         let sockets =
             tempfile::Builder::new().prefix("vvu-").tempdir().context("cannot make a directory of sockets")?;
-        Ok(Self { folder, sockets, setup, _turn: turn })
+        Ok(Self { folder, sockets, setup, appliance: appliance_dir()?, _turn: turn })
     }
 
     /// Where logs and images go.
@@ -104,6 +106,11 @@ impl Testbed {
     /// The set-up: QEMU, kernel and programs.
     pub fn setup(&self) -> &Setup {
         &self.setup
+    }
+
+    /// The appliance image of its runs.
+    pub(crate) fn appliance(&self) -> &Path {
+        &self.appliance
     }
 
     /// A driver VM's initramfs, which is built when it is first asked for.
@@ -147,6 +154,14 @@ impl Testbed {
 /// What the test returns, and what [`Testbed::open`] says.
 pub fn machine_test(name: &str, story: impl FnOnce(&Testbed) -> Result<()>) -> Result<()> {
     machine_test_in(Testbed::open(name, Turn::Shared)?, name, story)
+}
+
+/// The same with the appliance image in this directory.
+///
+/// # Errors
+/// As [`machine_test`].
+pub fn machine_test_of(appliance: PathBuf, name: &str, story: impl FnOnce(&Testbed) -> Result<()>) -> Result<()> {
+    machine_test_in(Testbed { appliance, ..Testbed::open(name, Turn::Shared)? }, name, story)
 }
 
 /// The same for a test whose verdict depends on how busy the machine is: no other one runs.

@@ -8,6 +8,7 @@ mod driver_vm_life;
 mod front_end;
 mod life_cycle;
 mod migration;
+mod minimal_kernel;
 mod network;
 mod network_features;
 mod network_losses;
