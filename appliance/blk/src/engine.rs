@@ -14,6 +14,10 @@
 //! completed is found without a system call ([`Engine::has_events`]), so a thread can look at the driver's ring and at this one
 //! in turn.
 //!
+//! What is read from an image in memory, or written to it, is copied while it is submitted. So not too much of it is submitted at
+//! a time ([`Engine::has_enough`]): the driver is to go on with the first requests while the next ones are copied. And where
+//! several long ones are to be copied, threads of the kernel take their part, as many as there are other CPUs.
+//!
 //! # Safety
 //! The kernel reads and writes the memory of an operation until its completion has been taken from the ring. The engine
 //! owns all of it (mapped driver memory by reference count, buffers by value, the list of pieces) in one [`Transfer`] per
@@ -33,12 +37,14 @@ use std::time::Duration;
 use io_uring::types::{CancelBuilder, Fixed, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{Builder, IoUring, cqueue, opcode, squeue};
 
+use self::copies::Copies;
 pub(crate) use self::events::{Signal, Watch};
 use self::events::{Signalled, Watched};
 use crate::aligned_buffer::AlignedBuffer;
 use crate::image::Image;
 use crate::transfer::{Direction, Transfer};
 
+mod copies;
 mod events;
 #[cfg(test)]
 mod tests;
@@ -53,7 +59,7 @@ const LAST_SIGNAL_LIMIT: Timespec = Timespec::new().sec(1);
 /// Bytes of zeroes that are kept for writing; a longer write repeats them.
 const ZEROES_LEN: usize = 64 * 1024;
 
-/// The image's index among the ring's registered files.
+/// The image's index among the ring's registered files. Those that it builds on follow.
 const IMAGE: Fixed = Fixed(0);
 
 /// Why the engine stopped working.
@@ -110,17 +116,20 @@ pub(crate) struct Engine {
     pending: usize,
     /// No event is watched again.
     closing: bool,
-    _image: Arc<Image>,
+    copies: Copies,
+    _images: Vec<Arc<Image>>,
 }
 
 impl Engine {
-    /// Sets up an io_uring for the I/O of `queue_size` heads on `image`. All further calls must come from this thread.
-    pub(crate) fn new(image: &Arc<Image>, queue_size: u16, setup: Setup) -> Result<Self, EngineError> {
+    /// Sets up an io_uring for the I/O of `queue_size` heads on the first of `images`; the others can only be read
+    /// ([`Transfer::file`]). All further calls must come from this thread.
+    pub(crate) fn new(images: Vec<Arc<Image>>, queue_size: u16, setup: Setup) -> Result<Self, EngineError> {
         let entries = (u32::from(queue_size) + EXTRA_OPERATIONS).next_power_of_two();
         let mut builder = IoUring::builder();
         setup(builder.dontfork().setup_taskrun_flag());
         let ring = builder.build(entries).map_err(EngineError::Setup)?;
-        ring.submitter().register_files(&[image.file().as_raw_fd()]).map_err(EngineError::Setup)?;
+        let files: Vec<_> = images.iter().map(|image| image.file().as_raw_fd()).collect();
+        ring.submitter().register_files(&files).map_err(EngineError::Setup)?;
         let mut transfers = Vec::new();
         transfers.resize_with(usize::from(queue_size), Transfer::default);
         Ok(Self {
@@ -133,7 +142,8 @@ impl Engine {
             zeroes: AlignedBuffer::new(ZEROES_LEN, 4096),
             pending: 0,
             closing: false,
-            _image: Arc::clone(image),
+            copies: Copies::new(images.iter().any(|image| image.in_memory())),
+            _images: images,
         })
     }
 
@@ -141,7 +151,7 @@ impl Engine {
     pub(crate) fn find_setup(image: &Arc<Image>, setups: &[Setup]) -> Result<Setup, EngineError> {
         let mut refusal = EngineError::Setup(io::ErrorKind::InvalidInput.into());
         for setup in setups {
-            match Self::new(image, 1, *setup) {
+            match Self::new(vec![Arc::clone(image)], 1, *setup) {
                 Ok(_) => return Ok(*setup),
                 Err(error) => refusal = error,
             }
@@ -173,10 +183,26 @@ impl Engine {
         self.start_transfer(head)
     }
 
+    /// So many requests are about to be started.
+    pub(crate) fn expect(&mut self, requests: u16) {
+        self.copies.expect(requests);
+    }
+
+    /// What is started further on should be submitted later.
+    pub(crate) fn has_enough(&self) -> bool {
+        self.copies.are_enough()
+    }
+
     fn start_transfer(&mut self, head: u16) -> Result<(), EngineError> {
-        let transfer = self.idle_transfer(head)?;
+        let transfer = match self.transfers.get_mut(usize::from(head)) {
+            Some(transfer) if !transfer.busy => transfer,
+            _ => return Err(EngineError::Busy { head }),
+        };
+        transfer.elsewhere = self.copies.place(transfer.pieces());
+        let flags = if transfer.elsewhere { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
         let (pieces, offset) = (transfer.pieces(), transfer.position());
         let count = u32::try_from(pieces.len()).unwrap_or(0);
+        let file = Fixed(transfer.file);
         let writes = transfer.direction == Some(Direction::Write);
         let entry = match pieces {
             // The kernel need not copy a list of one.
@@ -186,13 +212,13 @@ impl Engine {
                 if writes {
                     opcode::Write::new(IMAGE, start, len).offset(offset).build()
                 } else {
-                    opcode::Read::new(IMAGE, start, len).offset(offset).build()
+                    opcode::Read::new(file, start, len).offset(offset).build()
                 }
             }
             _ if writes => opcode::Writev::new(IMAGE, pieces.as_ptr(), count).offset(offset).build(),
-            _ => opcode::Readv::new(IMAGE, pieces.as_ptr(), count).offset(offset).build(),
+            _ => opcode::Readv::new(file, pieces.as_ptr(), count).offset(offset).build(),
         };
-        self.start(head, entry)
+        self.start(head, entry.flags(flags))
     }
 
     /// Starts to make durable what was written before (fdatasync).
@@ -229,6 +255,7 @@ impl Engine {
     /// Hands the started operations to the kernel and waits until something is complete, or for `limit`.
     pub(crate) fn wait(&mut self, limit: Option<Duration>) -> Result<(), EngineError> {
         let limit = limit.map(Timespec::from);
+        self.copies.submit();
         loop {
             let waited = match &limit {
                 Some(limit) => self.ring.submitter().submit_with_args(1, &SubmitArgs::new().timespec(limit)),
@@ -255,6 +282,7 @@ impl Engine {
             return Ok(());
         }
         drop(queue);
+        self.copies.submit();
         loop {
             match self.ring.submit() {
                 Ok(_) => return Ok(()),
@@ -308,6 +336,9 @@ impl Engine {
     fn finish_request(&mut self, head: u16, result: i32) -> Result<Option<Completion>, EngineError> {
         let Some(transfer) = self.transfers.get_mut(usize::from(head)) else { return Ok(None) };
         transfer.busy = false;
+        if std::mem::take(&mut transfer.elsewhere) {
+            self.copies.finish_elsewhere();
+        }
         let moved = transfer.direction.is_some();
         let result = match usize::try_from(result) {
             Err(_negative) if result == -libc::EINTR || result == -libc::EAGAIN => {

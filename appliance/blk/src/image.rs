@@ -113,6 +113,8 @@ pub(crate) struct Image {
     block_device: bool,
     direct: bool,
     alignment: Alignment,
+    /// A file in memory: see [`Image::in_memory`].
+    in_memory: bool,
     /// There is no image: nothing is read or written.
     null: bool,
     /// Present where a request can be smaller than the smallest write to the storage.
@@ -135,6 +137,7 @@ impl Image {
         if !lock(&file, read_only) {
             return Err(ImageError::InUse { path: path_buf() });
         }
+        let in_memory = kind.is_file() && never_waits(&file);
         let examined = examine(&file, kind.is_block_device(), direct, io_alignment);
         let facts = examined.map_err(|source| ImageError::Examine { path: path_buf(), source })?;
         let capacity_sectors = whole_blocks(facts.len, facts.block_size);
@@ -158,6 +161,7 @@ impl Image {
             block_device: kind.is_block_device(),
             direct,
             alignment,
+            in_memory,
             null: false,
             gate,
             cache_lost_data: AtomicBool::new(false),
@@ -182,6 +186,7 @@ impl Image {
             block_device: false,
             direct: false,
             alignment: Alignment::NONE,
+            in_memory: false,
             null: true,
             gate: None,
             cache_lost_data: AtomicBool::new(false),
@@ -241,6 +246,11 @@ impl Image {
         self.direct
     }
 
+    /// The image is in memory: reads and writes are copies, and are done where they are submitted.
+    pub(crate) fn in_memory(&self) -> bool {
+        self.in_memory
+    }
+
     pub(crate) fn alignment(&self) -> Alignment {
         self.alignment
     }
@@ -274,6 +284,19 @@ fn open_direct_first(path: &Path, read_only: bool) -> io::Result<(File, bool)> {
         }
         Err(error) => Err(error),
     }
+}
+
+/// Whether the file is in memory (tmpfs). If so, it is made one that io_uring reads and writes where that is submitted.
+///
+/// io_uring leaves files whose file system cannot promise not to wait to threads of its own, and tmpfs does not promise it. With
+/// O_NONBLOCK the one who has opened the file promises it instead; what waits after all, for memory that was swapped out, keeps
+/// the queue waiting.
+fn never_waits(file: &File) -> bool {
+    let in_memory = rustix::fs::fstatfs(file).is_ok_and(|facts| facts.f_type == libc::TMPFS_MAGIC);
+    in_memory
+        && rustix::fs::fcntl_getfl(file)
+            .and_then(|flags| rustix::fs::fcntl_setfl(file, flags | OFlags::NONBLOCK))
+            .is_ok()
 }
 
 /// Locks the image against a second back-end, for as long as the file is open. False if there is one.

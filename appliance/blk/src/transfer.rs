@@ -36,8 +36,12 @@ pub(crate) enum Direction {
 pub(crate) struct Transfer {
     /// The kernel has the operation. Whoever sets it must not call anything that changes the pieces until it is reset.
     pub(crate) busy: bool,
+    /// A thread of the kernel makes the copy.
+    pub(crate) elsewhere: bool,
     /// None for an operation without data.
     pub(crate) direction: Option<Direction>,
+    /// The file that is read, by its number among the disk's files; writes go to the first one.
+    pub(crate) file: u32,
     /// Image offset of the first byte.
     pub(crate) offset: u64,
     transferred: u64,
@@ -57,6 +61,7 @@ impl Transfer {
         self.next = 0;
         self.transferred = 0;
         self.direction = None;
+        self.file = 0;
         self.memory = None;
         self.buffer = None;
     }

@@ -281,8 +281,13 @@ impl Worker<'_> {
             Ok(count) => count,
             Err(error) => return self.pause_or_break(error),
         };
-        let mut throttled = None;
+        self.executor.engine.expect(count);
+        let (mut throttled, mut intake) = (None, Intake::Drained);
         for _ in 0..count {
+            if self.executor.engine.has_enough() {
+                intake = Intake::Ready;
+                break;
+            }
             match self.take_request()? {
                 Ok(Taken::Yes) => {}
                 Ok(Taken::Later(time)) => {
@@ -300,7 +305,7 @@ impl Worker<'_> {
             self.counters.throttled.add(1);
             return Ok(Intake::Throttled(time));
         }
-        Ok(Intake::Drained)
+        Ok(intake)
     }
 
     /// Takes the next request, if the rate limit admits it; if not, it stays in the ring.

@@ -1,16 +1,62 @@
-//! Requests to a disk in a format: they are carried out by its threads, and only begun and finished here.
+//! Requests to a disk in a format: they are carried out by its threads, and only begun and finished here; but what is known to lie
+//! in one piece is read at once, as from an image without a format.
 
 use std::io;
 use std::sync::Arc;
 
+use super::slot::Stage;
 use super::{Executor, Status};
 use crate::engine::EngineError;
 use crate::qcow2::disk::{Job, Operation};
 use crate::qcow2::transfer::Moved;
-use crate::request::{Plan, RequestKind};
+use crate::request::{ByteRange, Plan, RequestKind};
 use crate::transfer::Direction;
 
 impl Executor<'_> {
+    pub(super) fn start_formatted(&mut self, head: u16, operation: Operation) -> Result<(), EngineError> {
+        match operation {
+            Operation::Read(range) if self.read_in_place(head, range)? => Ok(()),
+            operation => self.submit(head, operation),
+        }
+    }
+
+    /// Starts to read from where the range lies, if that is known and the memory fits; else returns false.
+    fn read_in_place(&mut self, head: u16, range: ByteRange) -> Result<bool, EngineError> {
+        let device = self.device;
+        let Some(found) = device.formatted.as_ref().and_then(|pool| pool.disk().find(range)) else { return Ok(false) };
+        let slot = self.slots.get_mut(usize::from(head)).ok_or(EngineError::Busy { head })?;
+        let Some(memory) = &slot.memory else { return Err(EngineError::Busy { head }) };
+        let transfer = self.engine.idle_transfer(head)?;
+        let fits = found.place.offset.is_multiple_of(u64::from(found.alignment.offset))
+            && transfer.map_segments(memory, &slot.data).is_ok()
+            && transfer.is_aligned(found.alignment)
+            && !transfer.is_done();
+        if !fits {
+            transfer.reset();
+            return Ok(false);
+        }
+        transfer.file = found.place.layer;
+        slot.stage = Stage::Placed(range);
+        slot.shared = Some(found.shared);
+        self.engine.transfer(head, Direction::Read, found.place.offset)?;
+        Ok(true)
+    }
+
+    pub(super) fn complete_placed(
+        &mut self,
+        head: u16,
+        range: ByteRange,
+        result: io::Result<()>,
+    ) -> Result<(), EngineError> {
+        if result.is_err() {
+            // The end of the file, or memory that it is not read to directly: the format's driver knows what to do.
+            self.release(head)?;
+            return self.submit(head, Operation::Read(range));
+        }
+        self.count_data(Direction::Read, range.len, false);
+        self.finish(head, Status::Ok)
+    }
+
     /// Hands a request over.
     pub(super) fn submit(&mut self, head: u16, operation: Operation) -> Result<(), EngineError> {
         let durable = !matches!(operation, Operation::Read(_)) && self.device.writes_through(self.rules.features);

@@ -56,12 +56,12 @@ pub(crate) struct Executor<'a> {
     counters: &'a QueueCounters,
     rules: DiskRules,
     wakeup: Arc<Wakeup>,
-    slots: Vec<Slot>,
+    slots: Vec<Slot<'a>>,
     line: VecDeque<u16>,
     buffers: BufferPool,
     finished: Vec<Finished>,
     in_flight: usize,
-    /// For a disk in a format: its requests are carried out there. The engine serves their events then, and no I/O.
+    /// For a disk in a format: its requests are carried out there, but for reads of what is known to lie in one piece.
     jobs: Option<RingJobs<'a>>,
 }
 
@@ -76,8 +76,10 @@ impl<'a> Executor<'a> {
     ) -> Result<Self, EngineError> {
         let mut slots = Vec::new();
         slots.resize_with(usize::from(queue_size), Slot::default);
+        let image = || vec![Arc::clone(&device.image)];
+        let images = device.formatted.as_ref().map_or_else(image, |pool| pool.disk().images());
         Ok(Self {
-            engine: Engine::new(&device.image, queue_size, device.ring_setup)?,
+            engine: Engine::new(images, queue_size, device.ring_setup)?,
             device,
             counters,
             rules: device.rules(features),
@@ -135,7 +137,7 @@ impl<'a> Executor<'a> {
         let plan = self.rules.plan(&request, total_len(&slot.data));
         self.in_flight += 1;
         if let (Some(_), Some(operation)) = (&self.jobs, Self::operation(plan)) {
-            return self.submit(head, operation);
+            return self.start_formatted(head, operation);
         }
         match plan {
             Plan::Read(_) | Plan::Write(_) | Plan::Sync | Plan::Ranges if self.device.image.is_null() => {
@@ -150,7 +152,7 @@ impl<'a> Executor<'a> {
         }
     }
 
-    fn slot(&mut self, head: u16) -> Result<&mut Slot, EngineError> {
+    fn slot(&mut self, head: u16) -> Result<&mut Slot<'a>, EngineError> {
         self.slots.get_mut(usize::from(head)).ok_or(EngineError::Busy { head })
     }
 
@@ -270,6 +272,7 @@ impl<'a> Executor<'a> {
         let stage = std::mem::take(&mut self.slot(head)?.stage);
         match (stage, result) {
             (Stage::Idle, _) => Ok(()),
+            (Stage::Placed(range), result) => self.complete_placed(head, range, result),
             (Stage::InPlace(_), Err(error)) if self.should_bounce(&error) => self.bounce_instead(head, &error),
             (Stage::Fallocate(mode), Err(error)) if is_unsupported(&error) => self.replace_fallocate(head, mode),
             (Stage::BounceRead(window), result) => self.complete_read_window(head, window, transferred, result),
@@ -353,6 +356,7 @@ impl<'a> Executor<'a> {
         self.leave_gate(head)?;
         let slot = self.slot(head)?;
         slot.needs = Needs::default();
+        slot.shared = None;
         if let Some(buffer) = slot.buffer.take().or(buffer) {
             self.buffers.give_back(buffer);
         }

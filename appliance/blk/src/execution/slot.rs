@@ -7,6 +7,7 @@ use vvu_back_end::Segment;
 use crate::DriverMemory;
 use crate::aligned_buffer::AlignedBuffer;
 use crate::bounce::Window;
+use crate::qcow2::disk::Shared;
 use crate::request::{ByteRange, Request, RequestKind};
 use crate::transfer::Direction;
 use crate::write_gate::Passage;
@@ -19,6 +20,8 @@ pub(super) enum Stage {
     Idle,
     /// Data straight between image and driver memory.
     InPlace(Direction),
+    /// Data of a disk in a format, straight from where it lies.
+    Placed(ByteRange),
     /// The window is read for the driver.
     BounceRead(Window),
     /// The window's blocks are read, to be overlaid.
@@ -42,7 +45,7 @@ pub(super) struct Needs {
 
 /// One request. The vectors keep their memory from one request to the next.
 #[derive(Default)]
-pub(super) struct Slot {
+pub(super) struct Slot<'a> {
     pub(super) request: Option<Request>,
     pub(super) memory: Option<Arc<DriverMemory>>,
     pub(super) data: Vec<Segment>,
@@ -50,6 +53,8 @@ pub(super) struct Slot {
     pub(super) needs: Needs,
     pub(super) passage: Option<Passage>,
     pub(super) buffer: Option<AlignedBuffer>,
+    /// Keeps the place of the data what it is.
+    pub(super) shared: Option<Shared<'a>>,
     /// What is to be done: one range for a transfer, several for DISCARD and WRITE_ZEROES.
     pub(super) ranges: Vec<ByteRange>,
     /// The current range.
@@ -58,7 +63,7 @@ pub(super) struct Slot {
     pub(super) done: u64,
 }
 
-impl Slot {
+impl Slot<'_> {
     pub(super) fn range(&self) -> Option<ByteRange> {
         self.ranges.get(self.range).copied()
     }

@@ -15,11 +15,12 @@ use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, StorageOpen
 use vvu_back_end::Segment;
 
 use super::header::{HEADER_LEN, Header, HeaderError};
+use super::places::{PART_LEN, PIECE_LEN, Place, Places, parts_of};
 use super::transfer::{self, Moved};
 use crate::DriverMemory;
 use crate::aligned_buffer::AlignedBuffer;
 use crate::config_space::{DiskShape, SECTOR_SIZE};
-use crate::image::{Format, Image};
+use crate::image::{Alignment, Format, Image};
 use crate::request::ByteRange;
 
 /// Physical block size that is told to the driver.
@@ -87,6 +88,16 @@ pub(crate) struct Qcow2Disk {
     changes: AtomicU64,
     /// Those of them, the first ones, whose tables are in the file.
     written_changes: Mutex<u64>,
+    places: Places,
+}
+
+/// What a ring's thread may read by itself; the disk is not used alone before it is dropped.
+#[derive(Debug)]
+pub(crate) struct Found<'a> {
+    pub(crate) place: Place,
+    /// What the file asks of direct I/O.
+    pub(crate) alignment: Alignment,
+    pub(crate) shared: Shared<'a>,
 }
 
 #[derive(Debug, Default)]
@@ -161,11 +172,25 @@ impl Qcow2Disk {
             state: RwLock::default(),
             changes: AtomicU64::new(0),
             written_changes: Mutex::default(),
+            places: Places::default(),
         })
     }
 
     pub(crate) fn shape(&self) -> DiskShape {
         self.shape
+    }
+
+    /// The disk's files, from the image downwards.
+    pub(crate) fn images(&self) -> Vec<Arc<Image>> {
+        self.layers.iter().map(|layer| Arc::clone(&layer.image)).collect()
+    }
+
+    /// Where a range lies in one piece, if that is known. Never waits.
+    pub(crate) fn find(&self, range: ByteRange) -> Option<Found<'_>> {
+        let shared = Shared(self.state.try_read().ok()?);
+        let place = self.places.find(range)?;
+        let alignment = self.layers.get(place.layer as usize)?.image.alignment();
+        Some(Found { place, alignment, shared })
     }
 
     /// A ring starts: the disk is in use until the guard is dropped. If it cannot be used, its requests fail.
@@ -188,6 +213,8 @@ impl Qcow2Disk {
             return;
         }
         let Some(access) = state.access.take() else { return };
+        // From now on others may change the image.
+        self.places.forget(ByteRange { offset: 0, len: u64::MAX, unmap: false });
         let closed = access.flush();
         drop(access);
         if let Err(error) = closed {
@@ -225,20 +252,28 @@ impl Qcow2Disk {
     pub(crate) fn carry_out(&self, job: &Job, buffer: &mut Option<AlignedBuffer>) -> io::Result<Moved> {
         let mut changes_tables = true;
         let moved = match &job.operation {
-            Operation::Read(range) => return transfer::read(self.access().get()?, job, *range, buffer),
+            Operation::Read(range) => return self.read(job, *range, buffer),
             Operation::Write(range) => {
                 let guard = self.access();
                 let access = guard.get()?;
                 changes_tables = !transfer::has_its_place(access, *range)?;
-                transfer::write(access, job, *range, buffer)?
+                let written = transfer::write(access, job, *range, buffer);
+                if changes_tables {
+                    self.places.forget(*range);
+                }
+                written?
             }
             Operation::Flush => Moved::Nothing,
             Operation::Discard(ranges) => {
-                ranges.iter().try_for_each(|range| self.alone().get()?.discard_to_any(range.offset, range.len))?;
+                ranges.iter().try_for_each(|range| self.discard(*range))?;
                 Moved::Nothing
             }
             Operation::WriteZeroes(ranges) => {
-                ranges.iter().try_for_each(|range| self.write_zeroes(*range, buffer))?;
+                ranges.iter().try_for_each(|range| {
+                    let written = self.write_zeroes(*range, buffer);
+                    self.places.forget(*range);
+                    written
+                })?;
                 Moved::Nothing
             }
         };
@@ -249,6 +284,30 @@ impl Qcow2Disk {
             self.sync()?;
         }
         Ok(moved)
+    }
+
+    /// Reads, and learns where the parts are that it has read from.
+    fn read(&self, job: &Job, range: ByteRange, buffer: &mut Option<AlignedBuffer>) -> io::Result<Moved> {
+        let guard = self.access();
+        let access = guard.get()?;
+        let changes = self.places.changes();
+        let moved = transfer::read(access, job, range, buffer)?;
+        for part in parts_of(range).filter(|part| !self.places.knows(*part)) {
+            let start = part * PART_LEN;
+            let left = access.size().saturating_sub(start);
+            let Some((place, len)) = transfer::place_of(access, start, left.min(PIECE_LEN)) else { continue };
+            // The last part of the disk may be a short one.
+            let count = if len == left { len.div_ceil(PART_LEN) } else { len / PART_LEN };
+            self.places.learn(part, count, place, changes);
+        }
+        Ok(moved)
+    }
+
+    fn discard(&self, range: ByteRange) -> io::Result<()> {
+        let mut alone = self.alone();
+        let discarded = alone.get()?.discard_to_any(range.offset, range.len);
+        self.places.forget(range);
+        discarded
     }
 
     fn write_zeroes(&self, range: ByteRange, buffer: &mut Option<AlignedBuffer>) -> io::Result<()> {
@@ -315,7 +374,8 @@ impl Drop for InUse<'_> {
 }
 
 /// The disk, beside others.
-struct Shared<'a>(RwLockReadGuard<'a, State>);
+#[derive(Debug)]
+pub(crate) struct Shared<'a>(RwLockReadGuard<'a, State>);
 
 impl Shared<'_> {
     fn get(&self) -> io::Result<&FormatAccess<File>> {

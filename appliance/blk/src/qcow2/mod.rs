@@ -9,12 +9,14 @@
 //! with the next one it is all read anew. In between another program may work on the image, as that of a second appliance
 //! does to which the device moves.
 //!
-//! Requests are carried out by a pool of threads ([`pool`]), for the format's driver waits for its storage.
+//! Requests are carried out by a pool of threads ([`pool`]), for the format's driver waits for its storage. What is known to lie
+//! in one piece ([`places`]) is read by the thread of the ring, as from an image without a format.
 //!
-//! - pure: [`header`]
+//! - pure: [`header`], [`places`]
 //! - [`disk`]: the files and the format's driver; [`transfer`]: data to and from driver memory; [`pool`]: the threads
 
 pub(crate) mod disk;
 pub(crate) mod header;
+pub(crate) mod places;
 pub(crate) mod pool;
 pub(crate) mod transfer;

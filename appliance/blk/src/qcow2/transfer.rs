@@ -7,11 +7,12 @@ use std::io;
 
 use imago::file::File;
 use imago::io_buffers::{IoVector, IoVectorMut};
-use imago::{FormatAccess, Mapping};
+use imago::{FormatAccess, Mapping, ShallowMapping};
 use vm_memory::{GuestMemory, Permissions, VolatileSlice};
 use vvu_back_end::lost_memory;
 
 use super::disk::Job;
+use super::places::Place;
 use crate::aligned_buffer::AlignedBuffer;
 use crate::bounce::BOUNCE_LEN;
 use crate::driver_data::{copy_from_driver, copy_to_driver};
@@ -50,6 +51,22 @@ pub(super) fn read(
         access.read(&mut *part, offset)?;
         copy_to_driver(job.memory.as_ref(), &job.data, position, part).map_err(io::Error::other)
     })
+}
+
+/// Where the data from `start` on is, if it is data, and how much of it lies there in one piece, at most `len`. Each image leads
+/// to the one below it.
+pub(super) fn place_of(access: &FormatAccess<File>, start: u64, mut len: u64) -> Option<(Place, u64)> {
+    let (mut access, mut position) = (access, start);
+    for layer in 0.. {
+        let (mapping, found) = access.get_shallow_mapping(position, len).ok()?;
+        len = found;
+        match mapping {
+            ShallowMapping::Raw { offset, .. } => return Some((Place { layer, offset }, len)),
+            ShallowMapping::Indirect { layer: below, offset, .. } => (access, position) = (below, offset),
+            _ => return None,
+        }
+    }
+    None
 }
 
 /// Whether all of the range has its place in the image, so that a write changes no tables.

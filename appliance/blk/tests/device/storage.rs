@@ -51,6 +51,53 @@ fn a_full_file_system_gives_errors_and_reading_goes_on() {
     assert!(program.is_alive());
 }
 
+/// Threads that the kernel has made for the program's io_urings.
+fn kernel_threads(program: &Program) -> usize {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", program.id())).unwrap().flatten();
+    let names = tasks.map(|task| std::fs::read_to_string(task.path().join("comm")).unwrap_or_default());
+    names.filter(|name| name.starts_with("iou-wrk")).count()
+}
+
+#[test]
+fn an_image_in_memory_is_copied_by_the_thread_of_the_queue() {
+    const LONG: u64 = 128 * 1024;
+    let directory = disk_directory();
+    let mount = directory.path().display().to_string();
+    let prelude = format!("mount -t tmpfs none '{mount}' && truncate -s 16M '{mount}/disk.img'");
+    let mut program = Program::start_in(&prelude, &directory.path().join("disk.img"), &[]);
+    let mut front_end = FrontEnd::connect(&program);
+    let mut queue = front_end.queue(0, 64);
+    let content = noise((4 * MIB) as usize, 11);
+    front_end.fill(DATA, &content);
+    queue.run_ok(&front_end.memory, &Req::write(0, DATA, MIB as u32));
+    queue.run_ok(&front_end.memory, &Req::read(8, DATA + 8 * MIB, LONG as u32));
+    assert_eq!(front_end.bytes(DATA + 8 * MIB, LONG as usize), content[4096..4096 + LONG as usize]);
+    assert_eq!(kernel_threads(&program), 0, "one request at a time");
+
+    // Many at a time, long ones and short ones: more than one submission takes.
+    let requests: Vec<_> = (0..16u64).map(|n| (n * LONG, if n % 3 == 2 { 4096 } else { LONG })).collect();
+    for write in [true, false] {
+        for (index, (offset, len)) in (0u16..).zip(&requests) {
+            let request = match write {
+                true => Req::write(offset / 512, DATA + offset, *len as u32),
+                false => Req::read(offset / 512, DATA + 8 * MIB + offset, *len as u32),
+            };
+            queue.offer_request(&front_end.memory, index * 4, &request);
+        }
+        queue.publish(&front_end.memory);
+        queue.kick();
+        for _ in &requests {
+            let (head, _) = queue.wait_used(&front_end.memory);
+            assert_eq!(queue.status(&front_end.memory, head), 0, "head {head}");
+        }
+    }
+    for (offset, len) in requests {
+        let range = offset as usize..(offset + len) as usize;
+        assert!(front_end.bytes(DATA + 8 * MIB + offset, len as usize) == content[range], "{offset:#x}");
+    }
+    assert!(program.is_alive());
+}
+
 #[test]
 fn a_file_size_limit_is_an_error_of_the_request() {
     let image = ImageFile::new(4 * MIB);
