@@ -82,7 +82,10 @@ impl BareLoad {
                 let (file, memory) = (&file, &memory);
                 scope.spawn(move || match self.method {
                     Method::IoUring => self.with_io_uring(file, memory, blocks, measurement),
-                    Method::Pread => self.with_pread(file, memory, index, blocks, measurement),
+                    Method::Pread => {
+                        let slots = (index..u64::from(self.depth)).step_by(usize::try_from(threads).unwrap_or(1));
+                        self.with_pread(file, memory, slots, blocks, measurement)
+                    }
                 })
             };
             let threads: Vec<_> = (0..threads).map(start).collect();
@@ -151,20 +154,23 @@ impl BareLoad {
         reads.start(slot, blocks.next_sector() * 512, place, self.block)
     }
 
-    /// The thread's place in memory is that of the request with its number.
+    /// The places of these requests are used in turn: caches must not make it faster than it is for as many under way.
     fn with_pread(
         &self,
         file: &File,
         memory: &Memory,
-        thread: u64,
+        slots: impl Iterator<Item = u64> + Clone,
         mut blocks: Blocks,
         mut measurement: Measurement,
     ) -> Result<Share, Error> {
         let mut latencies = Latencies::new()?;
         let mut whole = Whole::default();
-        let place = usize::try_from(thread).unwrap_or(0) * self.block as usize;
         let mut offered = Instant::now();
-        while !measurement.is_over(offered) {
+        for slot in slots.cycle() {
+            if measurement.is_over(offered) {
+                break;
+            }
+            let place = usize::try_from(slot).unwrap_or(0) * self.block as usize;
             reads::pread(file, memory, blocks.next_sector() * 512, place, self.block)?;
             let now = Instant::now();
             whole.requests += 1;
