@@ -82,7 +82,7 @@ impl Report {
             mac: port.mac(),
             link: port.link_up(),
             receiving: port.receiving(),
-            filter: port.filter().clone(),
+            filter: port.filter().map(|filter| filter.clone()).unwrap_or_default(),
             limits: port.limit.limits(),
             counters: port.counters.values(),
         });

@@ -55,6 +55,8 @@ pub(crate) struct Port {
     mac: MacAddress,
     link_up: AtomicBool,
     filter: RwLock<PortFilter>,
+    /// There is more in the filter than nothing: else no packet asks for the lock.
+    is_filtered: AtomicBool,
     driver: RwLock<DriverState>,
     /// Address of the driver, for those who ask for each packet.
     mac_bits: AtomicU64,
@@ -82,6 +84,7 @@ impl Port {
             counters: Counters::default(),
             mac,
             link_up: AtomicBool::new(link_up),
+            is_filtered: AtomicBool::new(filter != PortFilter::default()),
             filter: RwLock::new(filter),
             driver: RwLock::new(DriverState::new(mac)),
             mac_bits: AtomicU64::new(mac.bits()),
@@ -161,12 +164,16 @@ impl Port {
         self.receivers.iter().for_each(Receiver::wake_waiters);
     }
 
-    pub(crate) fn filter(&self) -> RwLockReadGuard<'_, PortFilter> {
-        self.filter.read().unwrap_or_else(PoisonError::into_inner)
+    /// None if everything passes.
+    pub(crate) fn filter(&self) -> Option<RwLockReadGuard<'_, PortFilter>> {
+        self.is_filtered.load(Ordering::Acquire).then(|| self.filter.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     pub(crate) fn set_filter(&self, filter: PortFilter) {
-        *self.filter.write().unwrap_or_else(PoisonError::into_inner) = filter;
+        let mut current = self.filter.write().unwrap_or_else(PoisonError::into_inner);
+        // Before the lock is given back: of two who set it, the last one says both.
+        self.is_filtered.store(filter != PortFilter::default(), Ordering::Release);
+        *current = filter;
     }
 
     /// What may be left to the driver for this frame, and its queue pairs; None if it does not want the frame.

@@ -102,7 +102,7 @@ impl Switch {
             if !port.link_up() {
                 return counters.tx_link_down.count();
             }
-            if !port.filter().admits_sent(ethernet) {
+            if port.filter().is_some_and(|filter| !filter.admits_sent(ethernet)) {
                 return counters.tx_filtered.count();
             }
         }
@@ -135,7 +135,8 @@ impl Switch {
             Place::Port(index) => self.port(index),
             Place::Uplink => None,
         };
-        if own.is_some_and(|port| port.mac() == ethernet.source || port.filter().macs.contains(&ethernet.source)) {
+        let is_given = |port: &Port| port.filter().is_some_and(|filter| filter.macs.contains(&ethernet.source));
+        if own.is_some_and(|port| port.mac() == ethernet.source || is_given(port)) {
             return false;
         }
         self.ports.iter().any(is_owner)
@@ -228,7 +229,8 @@ fn send_to_port(port: &Port, packet: &Packet<'_>, outbox: &mut Outbox, now: Inst
         counters.rx_link_down.count();
         return None;
     }
-    let reception = port.reception(&packet.ethernet).filter(|_| port.filter().admits_received(&packet.ethernet));
+    let admits = || port.filter().is_none_or(|filter| filter.admits_received(&packet.ethernet));
+    let reception = port.reception(&packet.ethernet).filter(|_| admits());
     let Some((offloads, pairs)) = reception else {
         counters.rx_filtered.count();
         return None;
