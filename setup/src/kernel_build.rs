@@ -62,17 +62,12 @@ impl BuiltKernel {
         let cache = cache_root()?;
         let all = cache.join("kernels");
         fs::create_dir_all(&all).map_err(at(&all))?;
-        let lock = Lock::take(&cache)?;
-        let provider = Provider::new(&cache, &lock)?;
-        let release = provider.release().map_err(|why| SetupError::NoKernelSource { why: why.into() })?;
-        let source = source_archive(&provider.root(&Step::kernel_source())?)?;
-        remove_lists(&cache)?;
-        let place = all.join(format!("{name}-{}", hash_of(&recipe_of(&source, options)?)));
+        let Sources { archive, tools, place } = Sources::fetch(&cache, &all, name, options)?;
+        // A build takes long, and others may use the cache meanwhile: so it has a lock of its own.
+        let lock = Lock::take(&all)?;
         if !place.exists() {
-            let tools = provider.root(&Step::kernel_tools(release))?;
-            remove_lists(&cache)?;
             let build = Build::new(&all.join("new"), &tools, &lock)?;
-            build.run(name, &source, options)?;
+            build.run(name, &archive, options)?;
             fs::rename(&build.outcome, &place).map_err(at(&place))?;
             fs::remove_dir_all(&build.directory).map_err(at(&build.directory))?;
             remove_others(&all, name, &place)?;
@@ -86,6 +81,26 @@ impl BuiltKernel {
         let entry = fs::read_dir(&all).map_err(at(&all))?.next().ok_or_else(incomplete)?.map_err(at(&all))?;
         let release = entry.file_name().into_string().map_err(|_| incomplete())?;
         Ok(Self { image: place.join(IMAGE), modules: entry.path(), release })
+    }
+}
+
+/// What a kernel is built of, and where it goes.
+struct Sources {
+    archive: PathBuf,
+    tools: PathBuf,
+    place: PathBuf,
+}
+
+impl Sources {
+    fn fetch(cache: &Path, all: &Path, name: &str, options: &str) -> Result<Self, SetupError> {
+        let lock = Lock::take(cache)?;
+        let provider = Provider::new(cache, &lock)?;
+        let release = provider.release().map_err(|why| SetupError::NoKernelSource { why: why.into() })?;
+        let archive = source_archive(&provider.root(&Step::kernel_source())?)?;
+        let tools = provider.root(&Step::kernel_tools(release))?;
+        remove_lists(cache)?;
+        let place = all.join(format!("{name}-{}", hash_of(&recipe_of(&archive, options)?)));
+        Ok(Self { archive, tools, place })
     }
 }
 

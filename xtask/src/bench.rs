@@ -34,17 +34,21 @@ const LOAD_RUNTIME: Duration = Duration::from_millis(500);
 
 /// Runs the benchmark on the programs that the environment names, else on release builds.
 pub(crate) fn run(workspace: &Workspace, options: &Bench) -> anyhow::Result<()> {
-    let flavour = KernelFlavour::from(options.kernel);
+    let flavour = options.kernel.map(KernelFlavour::from);
     let own = || env::current_exe().context("cannot find this executable");
     if env::var_os(VVU_VARIABLE).is_none() && options.figure.needs_programs() {
         if options.figure.needs_image() {
-            image::build(workspace, flavour)?;
+            // Driver VMs boot the stock one's kernel.
+            image::build(workspace, KernelFlavour::Stock)?;
+            if let Some(flavour) = flavour {
+                image::build(workspace, flavour)?;
+            }
         }
         workspace.build_programs(Profile::Release)?;
         let release = workspace.target.join("release");
         // The programs are named by the environment, which a process should not change for itself.
         let mut again = Command::new(own()?);
-        if env::var_os(APPLIANCE_VARIABLE).is_none() {
+        if let Some(flavour) = flavour {
             again.env(APPLIANCE_VARIABLE, workspace.target.join(flavour.directory()));
         }
         return run_command(

@@ -167,9 +167,9 @@ pub(crate) struct Bench {
     /// Which disk is compared with qemu-storage-daemon's
     #[arg(long, value_enum, default_value_t = Measured::Vvu)]
     pub(crate) measured: Measured,
-    /// Kernel of the appliance VM
-    #[arg(long, value_enum, value_name = "FLAVOUR", default_value_t = Kernel::Stock)]
-    pub(crate) kernel: Kernel,
+    /// Kernel of the appliance VM [default: that of the image which $VVU_APPLIANCE names, else stock]
+    #[arg(long, value_enum, value_name = "FLAVOUR")]
+    pub(crate) kernel: Option<Kernel>,
     /// Make the figures of instructions the baseline
     #[arg(long)]
     pub(crate) accept: bool,

@@ -10,7 +10,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use vvu_setup::Setup;
+use vvu_guest_image::Manifest;
 
 use crate::backend::ServedImage;
 use crate::capacity::{DEFAULT_WINDOW, Measured, Start};
@@ -18,7 +18,7 @@ use crate::driver_vm::kvm_is_usable;
 use crate::evidence::{self, FileMap};
 use crate::image_file::create;
 use crate::testbed::{Testbed, Turn};
-use crate::vvu_run::VvuRun;
+use crate::vvu_run::{VvuRun, appliance_dir};
 
 /// Length of the disk in bytes.
 const DISK_LEN: u64 = 64 << 20;
@@ -40,7 +40,7 @@ pub fn run(rounds: u32, json: bool) -> Result<()> {
     for round in 1..=rounds {
         eprintln!("bench: round {round} of {rounds}");
         let run = VvuRun::start(&testbed, &format!("blk-{round}"), &ServedImage::writable(&image))?;
-        all.push(measured(&run, testbed.setup())?);
+        all.push(measured(&run)?);
         run.stop()?;
     }
     testbed.remove_images()?;
@@ -54,7 +54,7 @@ pub fn run(rounds: u32, json: bool) -> Result<()> {
 }
 
 /// Waits until the run is settled and idle, and looks at it.
-pub(super) fn measured(run: &VvuRun, setup: &Setup) -> Result<Measured> {
+pub(super) fn measured(run: &VvuRun) -> Result<Measured> {
     let appliance = run.appliance().pid();
     let others = [run.bridge().pid(), run.vvu().pid()];
     let pids = [appliance, others[0], others[1]];
@@ -74,7 +74,7 @@ pub(super) fn measured(run: &VvuRun, setup: &Setup) -> Result<Measured> {
     let sum = |kind: Kind| resident(&memory, kind);
     Ok(Measured {
         accelerator: if kvm_is_usable() { "kvm" } else { "tcg" }.to_owned(),
-        kernel: setup.kernel_release.clone(),
+        kernel: kernel_release()?,
         window_bytes: DEFAULT_WINDOW,
         start,
         start_cpu_ms,
@@ -90,6 +90,14 @@ pub(super) fn measured(run: &VvuRun, setup: &Setup) -> Result<Measured> {
         appliance_wakeups_per_hour: per_hour(wakeups(appliance)?.saturating_sub(before.1)),
         idle_cpu_ms_per_hour: per_hour(of_all(cpu_ms)?.saturating_sub(before.2)),
     })
+}
+
+/// Which kernel the appliances have.
+fn kernel_release() -> Result<String> {
+    let path = appliance_dir()?.join("manifest.json");
+    let text = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let manifest: Manifest = serde_json::from_slice(&text).with_context(|| format!("{} is damaged", path.display()))?;
+    Ok(manifest.kernel_release)
 }
 
 /// What a mapping is used for.

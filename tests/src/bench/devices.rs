@@ -76,7 +76,7 @@ pub fn run() -> Result<()> {
 fn one(testbed: &Testbed) -> Result<Measured> {
     let image = create(&testbed.folder().join("one.img"), DISK_LEN)?;
     let run = VvuRun::start(testbed, "one", &ServedImage::writable(&image))?;
-    let measured = measured(&run, testbed.setup())?;
+    let measured = measured(&run)?;
     run.stop().map(|_| measured)
 }
 

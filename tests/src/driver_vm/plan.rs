@@ -7,14 +7,14 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
+use vvu_guest_image::KernelFlavour;
 use vvu_witness::ledger::LEDGER_LEN;
 
 use super::devices::{Network, Peripheral, SharedFolder};
 use super::{BOOT_PATIENCE, DriverVm};
 use crate::driver_image::DriverImage;
 use crate::process::{Process, Watched};
-use crate::testbed::Testbed;
-use crate::vvu_run::appliance_dir;
+use crate::testbed::{Testbed, target_dir};
 
 /// QEMU 7.2's TCG now and then returns wrong flags from CMPXCHG16B, which the kernel's allocator uses if it is there.
 const CPU_OF_OLDER_QEMU: &str = "max,cx16=off";
@@ -325,8 +325,9 @@ impl<'a> DriverVmPlan<'a> {
             // Memory that only holds what can move can be pulled out again.
             let movable = if self.hot_plug { " memhp_default_state=online_movable" } else { "" };
             let image = self.testbed.driver_image(self.image())?;
-            // The appliance's kernel: the stock one, unpacked already.
-            line.option("-kernel", appliance_dir()?.join("vmlinux")).option("-initrd", image);
+            // The stock kernel, unpacked already: whatever the appliances have, the driver VM needs its modules.
+            let stock = target_dir()?.join(KernelFlavour::Stock.directory());
+            line.option("-kernel", stock.join("vmlinux")).option("-initrd", image);
             line.option("-append", format!("{KERNEL_COMMAND_LINE}{iommu}{movable}"));
         }
         Ok(line.0)
