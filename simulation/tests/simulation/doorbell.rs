@@ -1,7 +1,8 @@
 //! The appliance's doorbell device, as QEMU's client of an ivshmem server behaves, and the guest's kernel behind it.
 //!
 //! QEMU without KVM reads the eventfd of every vector for as long as it lives; what comes while the guest has the vector
-//! switched off is kept for when it is switched on. With KVM an eventfd is only read while its vector is switched on. QEMU
+//! switched off is kept for when it is switched on. With KVM an eventfd is only read while its vector is switched on. Of several
+//! VMMs that read the same eventfd, any may be the one that takes what was signalled. QEMU
 //! dies of a peer that is announced twice, and with KVM of a vector that is switched on before it was announced, and so does
 //! the schedule. A peer that is signalled before it was announced, or after it went, is signalled in vain: that is one, too.
 
@@ -13,6 +14,7 @@ use std::rc::{Rc, Weak};
 use std::sync::Arc;
 
 use tokio::sync::Notify;
+use tokio::task::yield_now;
 use vvu_agent::doorbell::{DoorbellError, SignalsInUse};
 use vvu_protocol::doorbell::{OWN_PEER, PeerId, VERSION, Vector};
 use vvu_socket::event::{self, Event};
@@ -185,11 +187,18 @@ impl Doorbell {
 impl Line {
     fn read(&mut self, index: usize, doorbell: Weak<Doorbell>) {
         let event = Event::new(self.announced.try_clone().unwrap()).unwrap();
+        let id = event::identity(&self.announced).unwrap();
         self.reader = Some(OwnedTask::spawn(async move {
             loop {
                 event.signalled().await.unwrap();
                 let Some(doorbell) = doorbell.upgrade() else { return };
-                doorbell.interrupt(index);
+                if doorbell.world.is_shared(id) && doorbell.world.random.percent(50) {
+                    // It is there for another one that reads it.
+                    event::signal(&event).unwrap();
+                    yield_now().await;
+                } else {
+                    doorbell.interrupt(index);
+                }
             }
         }));
     }

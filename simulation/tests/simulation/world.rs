@@ -184,6 +184,11 @@ impl World {
         assert!(given.insert((id, appliance)), "appliance {appliance} was given an eventfd that it has");
     }
 
+    /// Whether several appliances have an eventfd.
+    pub(crate) fn is_shared(&self, id: Identity) -> bool {
+        self.eventfds.borrow().iter().filter(|(known, _)| *known == id).count() > 1
+    }
+
     /// An eventfd was taken from an appliance.
     pub(crate) fn disown_eventfd(&self, id: Identity, appliance: u32) {
         self.eventfds.borrow_mut().remove(&(id, appliance));
