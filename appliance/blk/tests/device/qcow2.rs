@@ -332,6 +332,64 @@ fn what_does_not_fit_together_is_refused_with_a_remedy() {
     }
 }
 
+/// How often the threads of the format's driver have gone to sleep.
+fn driver_switches(program: &Program) -> u64 {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", program.id())).unwrap().flatten().map(|task| task.path());
+    let drivers = tasks.filter(|task| std::fs::read_to_string(task.join("comm")).unwrap().starts_with("qcow2-"));
+    let status = drivers.map(|task| std::fs::read_to_string(task.join("status")).unwrap());
+    let switches =
+        |text: String| text.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:")?.trim().parse().ok());
+    status.map(|text| switches(text).unwrap_or(0u64)).sum()
+}
+
+#[test]
+fn what_is_known_to_lie_in_one_piece_is_read_by_the_ring_until_it_does_not() {
+    const PART: u64 = 64 * 1024;
+    let image = Qcow2Image::create(4 * MIB, &[]);
+    let program = Program::start(&image.path(), &["--format", "qcow2"]);
+    let mut front_end = FrontEnd::connect(&program);
+    let mut queue = front_end.queue(0, 64);
+    let content = noise(MIB as usize, 19);
+    front_end.fill(DATA, &content);
+    queue.run_ok(&front_end.memory, &Req::write(0, DATA, MIB as u32));
+    let out = DATA + 8 * MIB;
+    let expect = |front_end: &FrontEnd, queue: &mut crate::driver::Queue, sector: u64, expected: &[u8]| {
+        queue.run_ok(&front_end.memory, &Req::read(sector, out, expected.len() as u32));
+        assert!(front_end.bytes(out, expected.len()) == *expected, "sector {sector}");
+    };
+    expect(&front_end, &mut queue, 0, &content[..4096]);
+    let before = driver_switches(&program);
+    for sector in 0..64 {
+        expect(&front_end, &mut queue, sector * 8, &content[sector as usize * 4096..][..8192]);
+    }
+    // The threads that have written may not have been asleep before.
+    assert!(driver_switches(&program) - before <= 8, "64 reads, and each by a thread of the format's driver");
+
+    // Zeroes, with and without giving the cluster back, and what is written over them.
+    for (part, unmap) in [(0u64, 0u32), (1, 1)] {
+        let range = [&(part * 128).to_le_bytes()[..], &128u32.to_le_bytes(), &unmap.to_le_bytes()].concat();
+        front_end.fill(DATA + 4 * MIB, &range);
+        queue.run_ok(&front_end.memory, &Req::ranges(13, DATA + 4 * MIB, 16));
+        expect(&front_end, &mut queue, part * 128, &vec![0; PART as usize]);
+        queue.run_ok(&front_end.memory, &Req::write(part * 128, DATA, PART as u32));
+        expect(&front_end, &mut queue, part * 128, &content[..PART as usize]);
+    }
+
+    // While the ring is stopped, another program puts the third part elsewhere, and something else in its place.
+    expect(&front_end, &mut queue, 256, &content[2 * PART as usize..][..4096]);
+    queue.stop(&front_end);
+    let path = image.path();
+    for command in ["discard 128k 64k", "write -P 1 2M 64k", "write -P 77 128k 64k"] {
+        assert!(
+            tool("qemu-io", &["-f", "qcow2", "-d", "unmap", "-c", command, path.to_str().unwrap()]).status.success()
+        );
+    }
+    let base = queue.used_index(&front_end.memory);
+    queue.start(&mut front_end, base);
+    expect(&front_end, &mut queue, 256, &[77; PART as usize]);
+    assert_eq!(program.counter("io_errors"), 0);
+}
+
 #[test]
 fn discarded_clusters_are_given_back() {
     for (compat, expected) in [("compat=1.1", 0), ("compat=0.10", 2)] {
