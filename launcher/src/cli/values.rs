@@ -9,8 +9,9 @@ use vvu_protocol::window;
 use crate::image::{Expected, SECTOR_BYTES};
 use crate::size::{GIB, MIB, Size};
 
-/// Smallest appliance memory in bytes; below this its kernel and initial RAM file system do not unpack.
-const MIN_MEMORY_BYTES: u64 = 96 * MIB;
+/// Smallest appliance memory in bytes; below this not even a minimal kernel and its initial RAM file system unpack. A stock kernel
+/// needs twice as much.
+const MIN_MEMORY_BYTES: u64 = 48 * MIB;
 
 /// Largest appliance memory in bytes.
 const MAX_MEMORY_BYTES: u64 = 64 * GIB;
