@@ -134,13 +134,16 @@ pub(crate) struct Job {
 impl Qcow2Disk {
     /// Puts a disk together; the first layer is a qcow2 image. Looks at the headers, and at nothing else yet.
     pub(crate) fn new(layers: Vec<Layer>, read_only: bool) -> Result<Self, LayerError> {
-        let mut virtual_size = None;
+        let (mut virtual_size, mut cluster_len) = (None, PART_LEN);
         for (index, layer) in layers.iter().enumerate() {
             let path = || layer.image.path().to_owned();
             let has_backing = match layer.format {
                 Format::Raw => false,
                 Format::Qcow2 => {
                     let header = read_header(&layer.image)?;
+                    if index == 0 {
+                        cluster_len = header.cluster_len;
+                    }
                     virtual_size.get_or_insert(header.virtual_size);
                     header.has_backing
                 }
@@ -172,7 +175,7 @@ impl Qcow2Disk {
             state: RwLock::default(),
             changes: AtomicU64::new(0),
             written_changes: Mutex::default(),
-            places: Places::default(),
+            places: Places::new(cluster_len),
         })
     }
 
@@ -214,7 +217,7 @@ impl Qcow2Disk {
         }
         let Some(access) = state.access.take() else { return };
         // From now on others may change the image.
-        self.places.forget(ByteRange { offset: 0, len: u64::MAX, unmap: false });
+        self.places.forget_all();
         let closed = access.flush();
         drop(access);
         if let Err(error) = closed {
@@ -257,11 +260,8 @@ impl Qcow2Disk {
                 let guard = self.access();
                 let access = guard.get()?;
                 changes_tables = !transfer::has_its_place(access, *range)?;
-                let written = transfer::write(access, job, *range, buffer);
-                if changes_tables {
-                    self.places.forget(*range);
-                }
-                written?
+                let _change = changes_tables.then(|| self.places.change(*range));
+                transfer::write(access, job, *range, buffer)?
             }
             Operation::Flush => Moved::Nothing,
             Operation::Discard(ranges) => {
@@ -269,11 +269,7 @@ impl Qcow2Disk {
                 Moved::Nothing
             }
             Operation::WriteZeroes(ranges) => {
-                ranges.iter().try_for_each(|range| {
-                    let written = self.write_zeroes(*range, buffer);
-                    self.places.forget(*range);
-                    written
-                })?;
+                ranges.iter().try_for_each(|range| self.write_zeroes(*range, buffer))?;
                 Moved::Nothing
             }
         };
@@ -304,13 +300,12 @@ impl Qcow2Disk {
     }
 
     fn discard(&self, range: ByteRange) -> io::Result<()> {
-        let mut alone = self.alone();
-        let discarded = alone.get()?.discard_to_any(range.offset, range.len);
-        self.places.forget(range);
-        discarded
+        let _change = self.places.change(range);
+        self.alone().get()?.discard_to_any(range.offset, range.len)
     }
 
     fn write_zeroes(&self, range: ByteRange, buffer: &mut Option<AlignedBuffer>) -> io::Result<()> {
+        let _change = self.places.change(range);
         let zeroed = if range.unmap {
             self.alone().get()?.discard_to_zero(range.offset, range.len)
         } else {

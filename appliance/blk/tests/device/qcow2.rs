@@ -246,7 +246,7 @@ fn a_chain_of_backing_files_is_read_through_and_only_the_image_is_written() {
     middle.check();
     let middle_bytes = std::fs::read(middle.path()).unwrap();
 
-    let top = Qcow2Image::create(LEN, &["-b", &name(&middle.path()), "-F", "qcow2"]);
+    let top = Qcow2Image::create(LEN, &["-o", "cluster_size=1M", "-b", &name(&middle.path()), "-F", "qcow2"]);
     let qcow2 = format!("qcow2:{}", name(&middle.path()));
     let arguments = ["--queues", "2", "--format", "qcow2", "--backing", &qcow2, "--backing", &raw];
     let program = Program::start(&top.path(), &arguments);
@@ -387,6 +387,35 @@ fn what_is_known_to_lie_in_one_piece_is_read_by_the_ring_until_it_does_not() {
     let base = queue.used_index(&front_end.memory);
     queue.start(&mut front_end, base);
     expect(&front_end, &mut queue, 256, &[77; PART as usize]);
+    assert_eq!(program.counter("io_errors"), 0);
+}
+
+/// A write to one part of a large cluster gives its neighbours another place, too.
+#[test]
+fn a_part_whose_cluster_was_written_to_is_not_read_from_where_it_lay_before() {
+    const PART: u64 = 64 * 1024;
+    let base = ImageFile::new(4 * MIB);
+    let content = noise(4 * MIB as usize, 23);
+    std::fs::write(base.path(), &content).unwrap();
+    let raw = format!("raw:{}", base.path().display());
+    let image =
+        Qcow2Image::create(4 * MIB, &["-o", "cluster_size=2M", "-F", "raw", "-b", base.path().to_str().unwrap()]);
+    let program = Program::start(&image.path(), &["--format", "qcow2", "--backing", &raw]);
+    let mut front_end = FrontEnd::connect(&program);
+    let mut queue = front_end.queue(0, 64);
+    let out = DATA + 8 * MIB;
+    let expect = |front_end: &FrontEnd, queue: &mut Queue, sector: u64, expected: &[u8]| {
+        queue.run_ok(&front_end.memory, &Req::read(sector, out, expected.len() as u32));
+        assert!(front_end.bytes(out, expected.len()) == *expected, "sector {sector}");
+    };
+    let second_part = &content[PART as usize..][..PART as usize];
+    expect(&front_end, &mut queue, 128, second_part);
+    front_end.fill(DATA, &noise(PART as usize, 29));
+    queue.run_ok(&front_end.memory, &Req::write(0, DATA, PART as u32));
+    expect(&front_end, &mut queue, 128, second_part);
+    front_end.fill(DATA, &noise(PART as usize, 31));
+    queue.run_ok(&front_end.memory, &Req::write(128, DATA, PART as u32));
+    expect(&front_end, &mut queue, 128, &noise(PART as usize, 31));
     assert_eq!(program.counter("io_errors"), 0);
 }
 
