@@ -26,11 +26,11 @@ pub(crate) const SPECIAL_FEATURES: u64 = !ORDINARY;
 /// Length of each of the two memory regions.
 pub(crate) const REGION_LEN: u64 = 64 << 20;
 
-/// Where requests' headers, status bytes and indirect tables are, one page per head and queue.
+/// Where requests' headers, status bytes and indirect tables are, one page per head and queue; up to [`DATA`], so for 4 queues.
 const SCRATCH: u64 = 0x40_0000;
 
 /// First address that tests use for data.
-pub(crate) const DATA: u64 = 0x100_0000;
+pub(crate) const DATA: u64 = 0x140_0000;
 
 /// A connected front-end with memory.
 pub(crate) struct FrontEnd {
@@ -165,7 +165,9 @@ impl Queue {
     }
 
     fn scratch(&self, head: u16) -> u64 {
-        SCRATCH + (self.index as u64 * 1024 + u64::from(head)) * 4096
+        let page = SCRATCH + (self.index as u64 * 1024 + u64::from(head)) * 4096;
+        assert!(page < DATA, "queue {}", self.index);
+        page
     }
 
     /// Address of the status byte of `head`.
