@@ -84,6 +84,10 @@ pub(crate) struct Qcow2Disk {
     shape: DiskShape,
     /// Requests share it; what moves data within the image, or frees some, has it alone.
     state: RwLock<State>,
+    /// Requests that change tables beside others share it, and it is taken alone to write tables to the file; always after `state`.
+    /// The format's driver writes its counts of references first and what refers to clusters then. A cluster that is taken
+    /// in between would be referred to and not be counted if the program is killed then, and be given away a second time.
+    tables: RwLock<()>,
     /// Requests that have changed tables.
     changes: AtomicU64,
     /// Those of them, the first ones, whose tables are in the file.
@@ -173,6 +177,7 @@ impl Qcow2Disk {
             layers,
             shape,
             state: RwLock::default(),
+            tables: RwLock::default(),
             changes: AtomicU64::new(0),
             written_changes: Mutex::default(),
             places: Places::new(cluster_len),
@@ -260,7 +265,7 @@ impl Qcow2Disk {
                 let guard = self.access();
                 let access = guard.get()?;
                 changes_tables = !transfer::has_its_place(access, *range)?;
-                let _change = changes_tables.then(|| self.places.change(*range));
+                let _change = changes_tables.then(|| (self.share_tables(), self.places.change(*range)));
                 transfer::write(access, job, *range, buffer)?
             }
             Operation::Flush => Moved::Nothing,
@@ -309,15 +314,23 @@ impl Qcow2Disk {
         let zeroed = if range.unmap {
             self.alone().get()?.discard_to_zero(range.offset, range.len)
         } else {
-            self.access().get()?.write_zeroes(range.offset, range.len)
+            let guard = self.access();
+            let _tables = self.share_tables();
+            guard.get()?.write_zeroes(range.offset, range.len)
         };
         match zeroed {
             // Version 2 has no notion of zeroes.
             Err(error) if error.kind() == io::ErrorKind::Unsupported => {
-                transfer::write_zeroes(self.access().get()?, range, buffer)
+                let guard = self.access();
+                let _tables = self.share_tables();
+                transfer::write_zeroes(guard.get()?, range, buffer)
             }
             zeroed => zeroed,
         }
+    }
+
+    fn share_tables(&self) -> RwLockReadGuard<'_, ()> {
+        self.tables.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Writes the tables that the caller's request has changed, and with them those of all that were carried out meanwhile.
@@ -329,7 +342,9 @@ impl Qcow2Disk {
         }
         // Whoever has counted has changed its tables before.
         let all = self.changes.load(Ordering::Acquire);
-        self.access().get()?.flush()?;
+        let guard = self.access();
+        let _tables = self.tables.write().unwrap_or_else(PoisonError::into_inner);
+        guard.get()?.flush()?;
         *written = all;
         Ok(())
     }
