@@ -14,7 +14,7 @@ use imago::raw::Raw;
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, StorageOpenOptions};
 use vvu_back_end::Segment;
 
-use super::header::{HEADER_LEN, Header, HeaderError};
+use super::header::{Count, HEADER_LEN, Header, HeaderError};
 use super::places::{PART_LEN, PIECE_LEN, Place, Places, parts_of};
 use super::transfer::{self, Moved};
 use crate::DriverMemory;
@@ -417,18 +417,52 @@ fn read_header(image: &Image) -> Result<Header, LayerError> {
     Header::parse(&header).map_err(|source| LayerError::Header { path: path(), source })
 }
 
-/// Looks whether the reference counts can be believed as far as that nothing is put where the header is.
+/// Looks whether the reference counts can be believed as far as that nothing is put where the header is, and counts the L2 tables
+/// that are not counted.
+///
+/// The format's driver refers to a new L2 table in the file before it writes the table's count there. If it is killed in between,
+/// the next one would give the table's cluster away again, and data would be written over the table.
 fn check_refcounts(image: &Image) -> Result<(), LayerError> {
     let header = read_header(image)?;
-    let read = |offset, len| {
-        read_at(image, offset, len).map_err(|source| LayerError::Read { path: image.path().to_owned(), source })
-    };
-    let file_len = image.file_len().map_err(|source| LayerError::Read { path: image.path().to_owned(), source })?;
+    let unread = |source| LayerError::Read { path: image.path().to_owned(), source };
+    let read = |offset, len| read_at(image, offset, len).map_err(unread);
+    let file_len = image.file_len().map_err(unread)?;
     let damaged = |source| LayerError::Header { path: image.path().to_owned(), source };
-    let len = usize::try_from(header.refcount_table_len).unwrap_or(usize::MAX);
-    let table = read(header.refcount_table, len)?;
+    let len = |len| usize::try_from(len).unwrap_or(usize::MAX);
+    let table = read(header.refcount_table, len(header.refcount_table_len))?;
     let first_block = header.check_refcount_table(&table, file_len).map_err(damaged)?;
-    header.check_first_refcounts(&read(first_block, size_of::<u64>())?).map_err(damaged)
+    header.check_first_refcounts(&read(first_block, size_of::<u64>())?).map_err(damaged)?;
+    let l1 = read(header.l1_table, len(header.l1_len))?;
+    let restored = restore_counts(image, &header.counts_of_l2_tables(&l1, &table)).map_err(unread)?;
+    if restored > 0 {
+        tracing::info!(path = %image.path().display(), restored, "counts of L2 tables that a killed program has not written");
+    }
+    Ok(())
+}
+
+/// Makes each count 1 that is 0; returns how many were. They are in ascending order.
+fn restore_counts(image: &Image, counts: &[Count]) -> io::Result<usize> {
+    let alignment = image.alignment();
+    let unit = u64::from(alignment.offset.max(SECTOR_SIZE));
+    let mut restored = 0;
+    let mut rest = counts;
+    while let Some(first) = rest.first() {
+        let start = first.offset - first.offset % unit;
+        let (here, behind) = rest.split_at(rest.partition_point(|count| count.offset - start < unit));
+        rest = behind;
+        let mut buffer = AlignedBuffer::new(usize::try_from(unit).unwrap_or(0), alignment.memory);
+        read_all(image.file(), buffer.bytes_mut(), start)?;
+        let before = restored;
+        for count in here {
+            let position = usize::try_from(count.offset - start).unwrap_or(usize::MAX);
+            let bytes = buffer.bytes_mut().get_mut(position..).and_then(|bytes| bytes.get_mut(..count.len));
+            restored += usize::from(bytes.is_some_and(|bytes| count.restore(bytes)));
+        }
+        if restored > before {
+            image.file().write_all_at(buffer.bytes(), start)?;
+        }
+    }
+    Ok(restored)
 }
 
 /// Reads bytes of a file; zeroes beyond its end. `offset` is a multiple of 512.

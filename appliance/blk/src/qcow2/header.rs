@@ -21,6 +21,15 @@ const MAX_REFCOUNT_TABLE_LEN: u64 = 8 << 20;
 /// Bits of an entry of that table that are not its block's offset, and have to be zero.
 const RESERVED: u64 = 511;
 
+/// Longest L1 table in bytes, as QEMU has it.
+const MAX_L1_LEN: u64 = 32 << 20;
+
+/// Bits of an L1 entry that are the offset of an L2 table.
+const L2_OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+
+/// Length of an entry of either table in bytes.
+const ENTRY_LEN: u64 = 8;
+
 /// Largest virtual size in bytes; what can be addressed by sectors with a sign.
 const MAX_SIZE: u64 = i64::MAX.cast_unsigned();
 
@@ -62,6 +71,10 @@ pub(crate) struct Header {
     pub(crate) has_backing: bool,
     /// Bytes of a cluster.
     pub(crate) cluster_len: u64,
+    /// Offset of the L1 table in the file, in bytes: a multiple of `cluster_len`.
+    pub(crate) l1_table: u64,
+    /// Length of that table in bytes: at most 32 MiB.
+    pub(crate) l1_len: u64,
     /// Offset of the table of reference counts in the file, in bytes: a multiple of `cluster_len`.
     pub(crate) refcount_table: u64,
     /// Length of that table in bytes: at least a cluster, at most 8 MiB.
@@ -83,8 +96,8 @@ impl Header {
         let cluster_bits = fields.u32();
         let virtual_size = fields.u64();
         let encryption = fields.u32();
-        // Length and place of the L1 table: the format's driver looks at them.
-        fields.skip(12);
+        let l1_len = u64::from(fields.u32()) * ENTRY_LEN;
+        let l1_table = fields.u64();
         let refcount_table = fields.u64();
         let refcount_table_clusters = u64::from(fields.u32());
         // Snapshots.
@@ -113,10 +126,15 @@ impl Header {
                 if !possible || !refcount_table.is_multiple_of(cluster_len) || refcount_table == 0 {
                     return Err(HeaderError::Damaged("table of reference counts"));
                 }
+                if l1_len > MAX_L1_LEN || !l1_table.is_multiple_of(cluster_len) {
+                    return Err(HeaderError::Damaged("L1 table"));
+                }
                 Ok(Self {
                     virtual_size,
                     has_backing: backing_file_offset != 0,
                     cluster_len,
+                    l1_table,
+                    l1_len,
                     refcount_table,
                     refcount_table_len,
                     refcount_bits: 1 << refcount_order,
@@ -129,12 +147,10 @@ impl Header {
     /// Looks whether a table of reference counts, in a file of `file_len` bytes, can be one. Returns where its first block is.
     /// A format's driver that believes one which says that the header itself is free puts something else there.
     pub(crate) fn check_refcount_table(&self, table: &[u8], file_len: u64) -> Result<u64, HeaderError> {
-        let entries =
-            || table.chunks_exact(8).filter_map(|entry| entry.first_chunk()).map(|entry| u64::from_be_bytes(*entry));
         let in_file = |block: u64| block < file_len && block.is_multiple_of(self.cluster_len);
-        let first = entries().next().unwrap_or(0);
+        let first = entries(table).next().unwrap_or(0);
         // A block that stands twice and is full would be searched again and again.
-        let mut blocks: Vec<u64> = entries().filter(|entry| *entry != 0).collect();
+        let mut blocks: Vec<u64> = entries(table).filter(|entry| *entry != 0).collect();
         blocks.sort_unstable();
         let repeated = blocks.windows(2).any(|pair| pair.first() == pair.last());
         if first == 0 || repeated || blocks.iter().any(|block| block & RESERVED != 0 || !in_file(*block)) {
@@ -151,6 +167,61 @@ impl Header {
         };
         if used { Ok(()) } else { Err(HeaderError::Damaged("reference counts")) }
     }
+}
+
+/// The count of references to a cluster.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Count {
+    /// Of its first byte in the file.
+    pub(crate) offset: u64,
+    /// Its bytes; big-endian.
+    pub(crate) len: usize,
+    /// Its bits in each of them.
+    pub(crate) mask: u8,
+}
+
+impl Count {
+    /// Makes the count 1 if it is 0, in the bytes at its offset. True if it was.
+    pub(crate) fn restore(self, bytes: &mut [u8]) -> bool {
+        let is_zero = bytes.iter().all(|byte| byte & self.mask == 0);
+        if let Some(last) = bytes.last_mut().filter(|_| is_zero) {
+            // The lowest of its bits.
+            *last |= self.mask & self.mask.wrapping_neg();
+        }
+        is_zero
+    }
+}
+
+impl Header {
+    /// The counts of the L2 tables to which an L1 table refers, by their places in the file; `counts` is the table of reference
+    /// counts. What the tables cannot mean is left to the format's driver.
+    pub(crate) fn counts_of_l2_tables(&self, l1: &[u8], counts: &[u8]) -> Vec<Count> {
+        let bits = u64::from(self.refcount_bits);
+        let per_block = self.cluster_len * 8 / bits;
+        let blocks: Vec<u64> = entries(counts).collect();
+        let count_of = |l2_table: u64| {
+            let cluster = l2_table / self.cluster_len;
+            let block = *blocks.get(usize::try_from(cluster / per_block).ok()?)?;
+            let bit = cluster % per_block * bits;
+            let mask = if bits < 8 { ((1u16 << bits) - 1) << (bit % 8) } else { 0xff };
+            let count = Count {
+                offset: block.checked_add(bit / 8)?,
+                len: usize::try_from(bits.div_ceil(8)).ok()?,
+                mask: u8::try_from(mask).ok()?,
+            };
+            (block != 0).then_some(count)
+        };
+        let l2_tables = entries(l1).map(|entry| entry & L2_OFFSET);
+        let l2_tables = l2_tables.filter(|offset| *offset != 0 && offset.is_multiple_of(self.cluster_len));
+        let mut found: Vec<Count> = l2_tables.filter_map(count_of).collect();
+        found.sort_unstable_by_key(|count| count.offset);
+        found
+    }
+}
+
+/// The entries of a table.
+fn entries(table: &[u8]) -> impl Iterator<Item = u64> {
+    table.chunks_exact(8).filter_map(|entry| entry.first_chunk()).map(|entry| u64::from_be_bytes(*entry))
 }
 
 /// Big-endian fields, one after the other. What lies beyond the bytes is zero.
@@ -182,11 +253,13 @@ mod tests {
 
     fn header(changes: &[(usize, &[u8])]) -> [u8; HEADER_LEN] {
         let mut bytes = [0; HEADER_LEN];
-        let fields: [(usize, &[u8]); 7] = [
+        let fields: [(usize, &[u8]); 9] = [
             (0, b"QFI\xfb"),
             (4, &3u32.to_be_bytes()),
             (20, &16u32.to_be_bytes()),
             (24, &(1u64 << 30).to_be_bytes()),
+            (36, &2u32.to_be_bytes()),
+            (40, &(3u64 << 16).to_be_bytes()),
             (48, &(1u64 << 16).to_be_bytes()),
             (56, &1u32.to_be_bytes()),
             (96, &4u32.to_be_bytes()),
@@ -204,6 +277,8 @@ mod tests {
             virtual_size: 1 << 30,
             has_backing: false,
             cluster_len: 65536,
+            l1_table: 3 << 16,
+            l1_len: 16,
             refcount_table: 65536,
             refcount_table_len: 65536,
             refcount_bits: 16,
@@ -232,6 +307,8 @@ mod tests {
             (20, &8u32.to_be_bytes(), HeaderError::Damaged("cluster size")),
             (20, &22u32.to_be_bytes(), HeaderError::Damaged("cluster size")),
             (96, &7u32.to_be_bytes(), HeaderError::Damaged("length of reference counts")),
+            (36, &(1u32 << 22 | 1).to_be_bytes(), HeaderError::Damaged("L1 table")),
+            (40, &512u64.to_be_bytes(), HeaderError::Damaged("L1 table")),
             (48, &0u64.to_be_bytes(), HeaderError::Damaged("table of reference counts")),
             (48, &512u64.to_be_bytes(), HeaderError::Damaged("table of reference counts")),
             (56, &0u32.to_be_bytes(), HeaderError::Damaged("table of reference counts")),
@@ -268,6 +345,26 @@ mod tests {
         {
             let parsed = Header::parse(&header(&[(96, &order.to_be_bytes())])).unwrap();
             assert_eq!(parsed.check_first_refcounts(&block).is_ok(), used, "{order} {block:?}");
+        }
+    }
+
+    #[test]
+    fn the_count_of_an_l2_table_is_found_and_restored_whatever_its_length() {
+        let bytes = |entries: &[u64]| -> Vec<u8> { entries.iter().flat_map(|entry| entry.to_be_bytes()).collect() };
+        // A table that is used by this image alone, none, one that cannot be, and one whose count no block has.
+        let l1 = bytes(&[5 << 16 | 1 << 63, 0, 0x200, 1 << 48]);
+        for (order, offset, len, mask) in
+            [(0u32, 0, 1, 0x20), (1, 1, 1, 0x0c), (2, 2, 1, 0xf0), (3, 5, 1, 0xff), (4, 10, 2, 0xff), (6, 40, 8, 0xff)]
+        {
+            let parsed = Header::parse(&header(&[(96, &order.to_be_bytes())])).unwrap();
+            let counts = parsed.counts_of_l2_tables(&l1, &bytes(&[7 << 16, 0]));
+            assert_eq!(counts, [Count { offset: (7 << 16) + offset, len, mask }], "{order}");
+            let mut count = vec![!mask; len];
+            assert!(counts[0].restore(&mut count) && !counts[0].restore(&mut count));
+            count.iter_mut().for_each(|byte| *byte &= mask);
+            let (last, others) = count.split_last().unwrap();
+            assert!(others.iter().all(|byte| *byte == 0) && *last == 1 << mask.trailing_zeros(), "{order}: {count:?}");
+            assert_eq!(parsed.counts_of_l2_tables(&l1, &bytes(&[0])), []);
         }
     }
 }

@@ -419,6 +419,42 @@ fn a_part_whose_cluster_was_written_to_is_not_read_from_where_it_lay_before() {
     assert_eq!(program.counter("io_errors"), 0);
 }
 
+/// What a kill leaves behind that comes after the L1 entry of a new table and before the table's count.
+#[test]
+fn an_l2_table_that_was_not_counted_is_not_given_away() {
+    let image = Qcow2Image::create(4 * MIB, &[]);
+    let content = noise(MIB as usize, 37);
+    let write_and_read = |addresses: &[(u64, bool)]| {
+        let program = Program::start(&image.path(), &["--format", "qcow2"]);
+        let mut front_end = FrontEnd::connect(&program);
+        let mut queue = front_end.queue(0, 64);
+        front_end.fill(DATA, &content);
+        for (sector, is_write) in addresses {
+            if *is_write {
+                queue.run_ok(&front_end.memory, &Req::write(*sector, DATA, MIB as u32));
+            }
+            queue.run_ok(&front_end.memory, &Req::read(*sector, DATA + 8 * MIB, MIB as u32));
+            assert!(front_end.bytes(DATA + 8 * MIB, MIB as usize) == content, "sector {sector}");
+        }
+        queue.stop(&front_end);
+    };
+    write_and_read(&[(0, true)]);
+    let file = image.file();
+    let number = |offset| {
+        let mut bytes = [0; 8];
+        file.read_exact_at(&mut bytes, offset).unwrap();
+        u64::from_be_bytes(bytes)
+    };
+    let l2_table = number(number(40)) & 0x00ff_ffff_ffff_fe00;
+    let count = number(number(48)) + l2_table / 65536 * 2;
+    let mut before = [0; 2];
+    file.read_exact_at(&mut before, count).unwrap();
+    assert_eq!(before, [0, 1]);
+    file.write_all_at(&[0, 0], count).unwrap();
+    write_and_read(&[(2048, true), (0, false), (4096, true), (0, false)]);
+    image.check();
+}
+
 #[test]
 fn discarded_clusters_are_given_back() {
     for (compat, expected) in [("compat=1.1", 0), ("compat=0.10", 2)] {
