@@ -87,7 +87,7 @@ impl<'a> Executor<'a> {
             slots,
             line: VecDeque::new(),
             buffers: BufferPool::new(device.image.alignment()),
-            finished: Vec::new(),
+            finished: Vec::with_capacity(usize::from(queue_size)),
             in_flight: 0,
             jobs: device.formatted.as_ref().map(|pool| pool.connect(wakeup)),
         })
