@@ -161,12 +161,18 @@ impl Engine {
 
     /// The transfer of `head`, to say which memory the next operation works on; only while the kernel has none.
     pub(crate) fn idle_transfer(&mut self, head: u16) -> Result<&mut Transfer, EngineError> {
-        idle(&mut self.transfers, head)
+        match self.transfers.get_mut(usize::from(head)) {
+            Some(transfer) if !transfer.busy => Ok(transfer),
+            _ => Err(EngineError::Busy { head }),
+        }
     }
 
     /// The transfer of `head` is to write zeroes. Returns how many bytes, at most `len`.
     pub(crate) fn map_zeroes(&mut self, head: u16, len: u64) -> Result<u64, EngineError> {
-        Ok(idle(&mut self.transfers, head)?.map_repeated(self.zeroes.bytes(), len))
+        match self.transfers.get_mut(usize::from(head)) {
+            Some(transfer) if !transfer.busy => Ok(transfer.map_repeated(self.zeroes.bytes(), len)),
+            _ => Err(EngineError::Busy { head }),
+        }
     }
 
     /// Starts to move all that was mapped for `head` from or to `offset` of the image.
@@ -188,7 +194,10 @@ impl Engine {
     }
 
     fn start_transfer(&mut self, head: u16) -> Result<(), EngineError> {
-        let transfer = idle(&mut self.transfers, head)?;
+        let transfer = match self.transfers.get_mut(usize::from(head)) {
+            Some(transfer) if !transfer.busy => transfer,
+            _ => return Err(EngineError::Busy { head }),
+        };
         transfer.elsewhere = self.copies.place(transfer.pieces());
         let flags = if transfer.elsewhere { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
         let (pieces, offset) = (transfer.pieces(), transfer.position());
@@ -385,11 +394,6 @@ impl Engine {
         while self.next_completion()?.is_some() {}
         Ok(())
     }
-}
-
-/// The transfer of `head`, which the kernel must not have.
-fn idle(transfers: &mut [Transfer], head: u16) -> Result<&mut Transfer, EngineError> {
-    transfers.get_mut(usize::from(head)).filter(|transfer| !transfer.busy).ok_or(EngineError::Busy { head })
 }
 
 impl Drop for Engine {
