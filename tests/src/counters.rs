@@ -21,6 +21,8 @@ pub struct BlkCounters {
     pub bounced_bytes: u64,
     /// Bytes that the appliance's kernel copied between its page cache and driver VM memory.
     pub page_cache_bytes: u64,
+    /// Bytes of these two kinds whose pages the appliance's kernel had at hand.
+    pub registered_bytes: u64,
     /// Notifications from the driver VM.
     pub kicks: u64,
     /// Notifications to the driver VM.
@@ -46,7 +48,7 @@ mod tests {
 
     #[test]
     fn counters_are_found_behind_a_log_prefix() {
-        let line = r#"INFO vvu_blk: counters {"total":{"reads":3,"writes":2,"flushes":1,"get_ids":0,"discards":0,"write_zeroes":0,"unknown":0,"io_errors":0,"unsupported":0,"bytes_read":4096,"bytes_written":512,"zero_copy_bytes":4608,"bounced_bytes":0,"page_cache_bytes":0,"kicks":5,"calls":4,"starts":1,"broken":0},"queues":[]}"#;
+        let line = r#"INFO vvu_blk: counters {"total":{"reads":3,"writes":2,"flushes":1,"get_ids":0,"discards":0,"write_zeroes":0,"unknown":0,"io_errors":0,"unsupported":0,"bytes_read":4096,"bytes_written":512,"zero_copy_bytes":4608,"bounced_bytes":0,"page_cache_bytes":0,"registered_bytes":512,"kicks":5,"calls":4,"starts":1,"broken":0},"queues":[]}"#;
         let counters = BlkCounters::on_line(line).unwrap();
         assert_eq!((counters.reads, counters.zero_copy_bytes, counters.calls), (3, 4608, 4));
         assert!(BlkCounters::on_line("counters").is_none());

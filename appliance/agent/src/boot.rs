@@ -81,6 +81,8 @@ pub fn mount_file_systems() -> Result<()> {
 /// If the kernel refuses something.
 pub fn prepare_for_programs(config: &ApplianceConfig) -> Result<()> {
     limit(Resource::Core, |_| Rlimit { current: Some(0), maximum: Some(0) })?;
+    // Driver memory that a back-end has the kernel keep at hand counts as locked, and is none of the VM's own.
+    limit(Resource::Memlock, |_| Rlimit { current: None, maximum: None })?;
     if !config.back_ends.iter().any(|back_end| matches!(back_end.device, Device::Exec(_))) {
         return forbid_to_programs().context("cannot forbid user namespaces");
     }

@@ -7,7 +7,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
 
 use rustix::fs::FileType;
@@ -70,6 +70,8 @@ struct Region {
     /// Device and inode of the file.
     file: (u64, u64),
     mapping: Arc<Mapping>,
+    /// See [`Memory::lasting`].
+    lasting: bool,
 }
 
 impl Region {
@@ -78,7 +80,8 @@ impl Region {
         let MemoryRegion { guest_address, size, mmap_offset, .. } = description;
         let failed = |source| TableError::Map { guest_address, source };
         let stat = rustix::fs::fstat(&file).map_err(|errno| failed(errno.into()))?;
-        if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile {
+        let file_type = FileType::from_raw_mode(stat.st_mode);
+        if file_type == FileType::RegularFile {
             let (file_len, end) = (u64::try_from(stat.st_size).unwrap_or(0), description.file_end());
             if end > file_len {
                 return Err(TableError::ShortFile { guest_address, file_len, end });
@@ -93,7 +96,8 @@ impl Region {
             .map_err(|error| failed(io::Error::other(error)))?;
         let mapping = Mapping::new(mapping, GuestAddress(guest_address.0))
             .ok_or(MemoryError::Overflow { guest_address, size })?;
-        Ok(Self { description, file: file_id, mapping: Arc::new(mapping) })
+        let lasting = file_type == FileType::CharacterDevice;
+        Ok(Self { description, file: file_id, mapping: Arc::new(mapping), lasting })
     }
 }
 
@@ -103,6 +107,7 @@ impl Region {
 /// `vm-memory`'s traits do that have the same names, but try [`Memory::slice`] first: they are several times as fast.
 #[derive(Debug)]
 pub struct Memory {
+    id: u64,
     guest: GuestMemoryMmap<()>,
     /// The same regions, to be found without a detour, in ascending guest addresses.
     spans: Vec<Span>,
@@ -120,12 +125,19 @@ struct Span {
     start: u64,
     len: u64,
     mapping: Arc<Mapping>,
+    lasting: bool,
 }
 
 impl Span {
-    fn of(mapping: Arc<Mapping>) -> Self {
-        Self { start: mapping.start_addr().0, len: mapping.len(), mapping }
+    fn of(mapping: Arc<Mapping>, lasting: bool) -> Self {
+        Self { start: mapping.start_addr().0, len: mapping.len(), mapping, lasting }
     }
+}
+
+/// A number for each snapshot of this process.
+fn next_id() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
 impl GuestMemoryBackend for Memory {
@@ -153,7 +165,9 @@ impl Memory {
         let mapping = |(start, len): &(GuestAddress, usize)| Mapping::from_range(*start, *len, None).map(Arc::new);
         let mappings = ranges.iter().map(mapping).collect::<Result<Vec<_>, _>>()?;
         Ok(Self {
-            spans: mappings.iter().cloned().map(Span::of).collect(),
+            id: next_id(),
+            // Nobody else has it.
+            spans: mappings.iter().cloned().map(|mapping| Span::of(mapping, true)).collect(),
             guest: GuestMemoryMmap::from_arc_regions(mappings)?,
             by_user_address: Vec::new(),
             is_between_changes: false,
@@ -164,17 +178,32 @@ impl Memory {
     fn new(regions: &[Region], is_between_changes: bool, releases: &Arc<Releases>) -> Self {
         let mut sorted = regions.to_vec();
         sorted.sort_by_key(|region| region.description.guest_address);
-        let mappings: Vec<_> = sorted.into_iter().map(|region| region.mapping).collect();
+        let spans = sorted.iter().map(|region| Span::of(Arc::clone(&region.mapping), region.lasting)).collect();
+        let mappings = sorted.into_iter().map(|region| region.mapping).collect();
         let mut by_user_address = regions.iter().map(|region| region.description).collect::<Vec<_>>();
         by_user_address.sort_by_key(|region| region.user_address);
         Self {
-            spans: mappings.iter().cloned().map(Span::of).collect(),
+            id: next_id(),
+            spans,
             // Fails for no regions only: order and overlap were checked.
             guest: GuestMemoryMmap::from_arc_regions(mappings).unwrap_or_default(),
             by_user_address,
             is_between_changes,
             _release: Release(Arc::clone(releases)),
         }
+    }
+
+    /// Tells this snapshot from all others of the process.
+    #[must_use]
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// The regions whose pages stay what they are while they are mapped, so that the kernel may be told to keep them: those of
+    /// a device, which is what an appliance's window is (device-DAX). A file in memory gives pages away while it is
+    /// mapped, and gets others in their place: a VMM with a balloon does that.
+    pub fn lasting(&self) -> impl Iterator<Item = VolatileSlice<'_>> {
+        self.spans.iter().filter(|span| span.lasting).filter_map(|span| span.mapping.as_volatile_slice().ok())
     }
 
     /// A ring that does not lie in this memory may lie in that of the next change, which is to come soon.

@@ -62,6 +62,8 @@ counters! {
     bounced_bytes,
     /// Data bytes that the kernel copied between its page cache and driver memory (storage without direct I/O).
     page_cache_bytes,
+    /// Data bytes of these two kinds whose pages in driver memory the kernel had at hand (registered buffers).
+    registered_bytes,
     /// Notifications taken from the driver.
     kicks,
     /// Notifications sent to the driver.

@@ -40,12 +40,14 @@ use io_uring::{Builder, IoUring, cqueue, opcode, squeue};
 use self::copies::Copies;
 pub(crate) use self::events::{Signal, Watch};
 use self::events::{Signalled, Watched};
+use self::registered::Registered;
 use crate::aligned_buffer::AlignedBuffer;
 use crate::image::Image;
 use crate::transfer::{Direction, Transfer};
 
 mod copies;
 mod events;
+mod registered;
 #[cfg(test)]
 mod tests;
 
@@ -117,6 +119,7 @@ pub(crate) struct Engine {
     /// No event is watched again.
     closing: bool,
     copies: Copies,
+    registered: Registered,
     _images: Vec<Arc<Image>>,
 }
 
@@ -143,6 +146,7 @@ impl Engine {
             pending: 0,
             closing: false,
             copies: Copies::new(images.iter().any(|image| image.in_memory())),
+            registered: Registered::default(),
             _images: images,
         })
     }
@@ -200,6 +204,11 @@ impl Engine {
         };
         transfer.elsewhere = self.copies.place(transfer.pieces());
         let flags = if transfer.elsewhere { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
+        let slot = match (transfer.pieces(), transfer.memory()) {
+            ([piece], Some(memory)) => self.registered.slot_of(&self.ring.submitter(), memory, piece),
+            _ => None,
+        };
+        transfer.registered = slot.is_some();
         let (pieces, offset) = (transfer.pieces(), transfer.position());
         let count = u32::try_from(pieces.len()).unwrap_or(0);
         let file = Fixed(transfer.file);
@@ -209,10 +218,11 @@ impl Engine {
             [piece] => {
                 // More than that is a short transfer, which is continued.
                 let (start, len) = (piece.iov_base.cast::<u8>(), u32::try_from(piece.iov_len).unwrap_or(u32::MAX));
-                if writes {
-                    opcode::Write::new(IMAGE, start, len).offset(offset).build()
-                } else {
-                    opcode::Read::new(file, start, len).offset(offset).build()
+                match slot {
+                    Some(slot) if writes => opcode::WriteFixed::new(IMAGE, start, len, slot).offset(offset).build(),
+                    Some(slot) => opcode::ReadFixed::new(file, start, len, slot).offset(offset).build(),
+                    None if writes => opcode::Write::new(IMAGE, start, len).offset(offset).build(),
+                    None => opcode::Read::new(file, start, len).offset(offset).build(),
                 }
             }
             _ if writes => opcode::Writev::new(IMAGE, pieces.as_ptr(), count).offset(offset).build(),

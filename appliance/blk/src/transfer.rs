@@ -38,6 +38,8 @@ pub(crate) struct Transfer {
     pub(crate) busy: bool,
     /// A thread of the kernel makes the copy.
     pub(crate) elsewhere: bool,
+    /// The kernel has the pages of the memory at hand.
+    pub(crate) registered: bool,
     /// None for an operation without data.
     pub(crate) direction: Option<Direction>,
     /// The file that is read, by its number among the disk's files; writes go to the first one.
@@ -128,6 +130,11 @@ impl Transfer {
             self.reset();
         }
         buffer
+    }
+
+    /// The memory that the pieces are of, if it is the driver's.
+    pub(crate) fn memory(&self) -> Option<&DriverMemory> {
+        self.memory.as_deref()
     }
 
     /// The pieces that are left.

@@ -53,7 +53,7 @@ impl Executor<'_> {
             self.release(head)?;
             return self.submit(head, Operation::Read(range));
         }
-        self.count_data(Direction::Read, range.len, false);
+        self.count_in_place(head, Direction::Read, range.len)?;
         self.finish(head, Status::Ok)
     }
 

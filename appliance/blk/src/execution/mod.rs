@@ -285,7 +285,7 @@ impl<'a> Executor<'a> {
             }
             (_, Err(error)) => self.fail(head, &error),
             (Stage::InPlace(direction), Ok(())) => {
-                self.count_data(direction, transferred, false);
+                self.count_in_place(head, direction, transferred)?;
                 self.finish_data(head)
             }
             (Stage::BounceWrite(window), Ok(())) => {
@@ -376,6 +376,14 @@ impl<'a> Executor<'a> {
             status: Segment { address: request.status, len: 1 },
             writes_data: matches!(request.kind, RequestKind::Read | RequestKind::GetId),
         });
+        Ok(())
+    }
+
+    fn count_in_place(&mut self, head: u16, direction: Direction, bytes: u64) -> Result<(), EngineError> {
+        self.count_data(direction, bytes, false);
+        if self.engine.idle_transfer(head)?.registered {
+            self.counters.registered_bytes.add(bytes);
+        }
         Ok(())
     }
 
