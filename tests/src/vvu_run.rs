@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::process::Signal;
 use serde::Deserialize;
 use serde_json::json;
+use vvu_guest_image::Manifest;
 
 use crate::backend::ServedImage;
 use crate::capacity::Start;
@@ -360,7 +361,16 @@ impl VvuRun {
     /// # Errors
     /// If the command fails.
     pub fn upgrade(&mut self) -> Result<Replaced> {
-        self.replace_by("upgrade")
+        self.replace_by("upgrade", &[])
+    }
+
+    /// `vvu upgrade` to another image.
+    ///
+    /// # Errors
+    /// If the command fails.
+    pub fn upgrade_to(&mut self, appliance: &Path) -> Result<Replaced> {
+        let appliance = appliance.to_str().context("an image's path is text")?;
+        self.replace_by("upgrade", &["--appliance", appliance])
     }
 
     /// `vvu restart`.
@@ -368,11 +378,11 @@ impl VvuRun {
     /// # Errors
     /// If the command fails.
     pub fn restart(&mut self) -> Result<Replaced> {
-        self.replace_by("restart")
+        self.replace_by("restart", &[])
     }
 
-    fn replace_by(&mut self, command: &str) -> Result<Replaced> {
-        let replaced = self.command(command, &[])?;
+    fn replace_by(&mut self, command: &str, options: &[&str]) -> Result<Replaced> {
+        let replaced = self.command(command, options)?;
         let now = self.status()?.appliance.with_context(|| format!("no appliance VM after vvu {command}"))?;
         self.watch(Pids { bridge: self.bridge.pid(), qemu: now.pid })?;
         Ok(replaced)
@@ -467,11 +477,25 @@ impl VvuRun {
 }
 
 /// The appliance image: `$VVU_APPLIANCE`, else the one that `cargo xtask image` has built.
-pub(crate) fn appliance_dir() -> Result<PathBuf> {
+///
+/// # Errors
+/// If this executable was moved out of the target directory.
+pub fn appliance_dir() -> Result<PathBuf> {
     match env::var_os("VVU_APPLIANCE") {
         Some(dir) => Ok(dir.into()),
         None => Ok(target_dir()?.join("appliance")),
     }
+}
+
+/// Which kernel an appliance image has, as `uname -r` says there.
+///
+/// # Errors
+/// If its manifest cannot be read.
+pub fn kernel_release(appliance: &Path) -> Result<String> {
+    let path = appliance.join("manifest.json");
+    let text = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let manifest: Manifest = serde_json::from_slice(&text).with_context(|| format!("{} is damaged", path.display()))?;
+    Ok(manifest.kernel_release)
 }
 
 /// A line of the appliance's console.

@@ -136,6 +136,12 @@ pub fn start_log(filter: &str) -> Result<()> {
     Ok(())
 }
 
+/// The kernel's release, as `uname -r` has it.
+#[must_use]
+pub fn kernel_release() -> String {
+    rustix::system::uname().release().to_string_lossy().into_owned()
+}
+
 /// Switches the VM off, after the console has sent all that was written to it.
 ///
 /// # Errors

@@ -34,6 +34,7 @@ fn run() -> Result<()> {
     modules.load(Stage::Boot)?;
     let config = boot::read_config()?;
     boot::start_log(&config.log)?;
+    tracing::info!(version = %env!("CARGO_PKG_VERSION"), kernel = %boot::kernel_release(), "agent starts");
     boot::prepare_for_programs(&config)?;
     if boot::has_uplink(&config) {
         Modules::read(Path::new("/etc/modules-net.list"), Path::new("/lib/modules"))?.load(Stage::Boot)?;

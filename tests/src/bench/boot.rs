@@ -10,7 +10,6 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use vvu_guest_image::Manifest;
 
 use crate::backend::ServedImage;
 use crate::capacity::{DEFAULT_WINDOW, Measured, Start};
@@ -18,7 +17,7 @@ use crate::driver_vm::kvm_is_usable;
 use crate::evidence::{self, FileMap};
 use crate::image_file::create;
 use crate::testbed::{Testbed, Turn};
-use crate::vvu_run::{VvuRun, appliance_dir};
+use crate::vvu_run::{VvuRun, appliance_dir, kernel_release};
 
 /// Length of the disk in bytes.
 const DISK_LEN: u64 = 64 << 20;
@@ -74,7 +73,7 @@ pub(super) fn measured(run: &VvuRun) -> Result<Measured> {
     let sum = |kind: Kind| resident(&memory, kind);
     Ok(Measured {
         accelerator: if kvm_is_usable() { "kvm" } else { "tcg" }.to_owned(),
-        kernel: kernel_release()?,
+        kernel: kernel_release(&appliance_dir()?)?,
         window_bytes: DEFAULT_WINDOW,
         start,
         start_cpu_ms,
@@ -90,14 +89,6 @@ pub(super) fn measured(run: &VvuRun) -> Result<Measured> {
         appliance_wakeups_per_hour: per_hour(wakeups(appliance)?.saturating_sub(before.1)),
         idle_cpu_ms_per_hour: per_hour(of_all(cpu_ms)?.saturating_sub(before.2)),
     })
-}
-
-/// Which kernel the appliances have.
-fn kernel_release() -> Result<String> {
-    let path = appliance_dir()?.join("manifest.json");
-    let text = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    let manifest: Manifest = serde_json::from_slice(&text).with_context(|| format!("{} is damaged", path.display()))?;
-    Ok(manifest.kernel_release)
 }
 
 /// What a mapping is used for.
