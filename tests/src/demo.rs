@@ -81,9 +81,12 @@ fn play(testbed: &Testbed, start: Instant) -> Result<()> {
     story.note(&format!("its kernel found {}", vm.run("lsblk -n -d -o NAME,SIZE,TYPE /dev/vda")?.trim()));
 
     story.step("In the driver VM: mkfs.ext4, mount, write files, sync, unmount, mount again, read back");
+    let bridge_ran = || evidence::context_switches(run.bridge().pid());
+    let before = bridge_ran()?;
     let files = Files::write_on_new_file_system(&mut vm, "/dev/vda")?;
     Files::unmount(&mut vm)?;
     files.mount_and_verify(&mut vm, "/dev/vda")?;
+    let bridge_switches = bridge_ran()? - before;
     story.note(&format!("{} files, {}; SHA-256 of each is the same", files.count(), bytes(files.total_len())));
 
     story.step("Reboot the driver VM and verify again");
@@ -98,6 +101,8 @@ fn play(testbed: &Testbed, start: Instant) -> Result<()> {
     vm.power_off()?;
     let counters = run.await_counters()?;
     tell_who_did_what(&story, &seen, &counters)?;
+    story.note(&format!("while the files were written and read, the bridge's threads ran {bridge_switches} times"));
+    ensure!(bridge_switches * 10 < counters.kicks, "the bridge ran {bridge_switches} times: it relays signals");
 
     story.step("End the device with SIGTERM");
     run.stop()?;
@@ -151,13 +156,15 @@ fn tell_who_did_what(story: &Story, seen: &Seen, counters: &BlkCounters) -> Resu
         bytes(appliance.storage_written),
     ));
     story.note(&format!(
-        "  its vvu-blk  {:<24} {} read, {} written; {} without a copy, {} bounced",
+        "  its vvu-blk  {:<24} {} read, {} written; {} without a copy ({} of it registered), {} bounced",
         "",
         bytes(counters.bytes_read),
         bytes(counters.bytes_written),
         bytes(counters.zero_copy_bytes),
+        bytes(counters.registered_bytes),
         bytes(counters.bounced_bytes)
     ));
+    ensure!(counters.registered_bytes > 0, "no driver memory is registered with the appliance's kernel");
     ensure!(*mapped_by_bridge == 0, "the bridge maps driver memory");
     ensure!(!seen.bridge_has_image, "the bridge has the image open");
     ensure!(mapped_by_appliance >= driver_memory, "the appliance VM does not map all of the driver VM's memory");
@@ -177,8 +184,8 @@ fn print_picture(seen: &Seen, counters: &BlkCounters, image: &Path) -> Result<()
  |      memory <----+------------+------------------+-----------+-> vvu-blk        |
  |   {memory:>9}      |            |                  |  window   |   {zero_copy:>9}      |
  |                  |            |                  |           |   without a copy |
- | {kicks:>6} kicks ----+------------+-> relayed -------+-----------+->                |
- |        calls <---+------------+-- relayed <------+-----------+-- {calls:>6} calls   |
+ | {kicks:>6} kicks ----+------------+-> handed over ---+-----------+->                |
+ |        calls <---+------------+-- handed over <--+-----------+-- {calls:>6} calls   |
  +------------------+            +------------------+  doorbell +---------+--------+
                                                                           |
                                                                 {image} on the host
