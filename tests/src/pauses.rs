@@ -80,10 +80,11 @@ fn behind_one_socket(testbed: &Testbed, rounds: u32) -> Result<Vec<Row>> {
     let disk = Disk::at(run.socket()).reconnecting();
     let mut vm = DriverVmPlan::new(testbed, "driver").disk(disk).ledger(witness.ledger()).boot()?;
     witness.start(&mut vm, "/dev/vda")?;
-    let mut rows = Vec::new();
-    for loss in Loss::ALL {
-        let mut seen = Vec::new();
-        for round in 1..=rounds {
+    let mut losses = Loss::ALL.map(|loss| (loss, Vec::new()));
+    let (mut seen_upgrades, mut measured) = (Vec::new(), Vec::new());
+    // In turns: the machine may be faster in one minute than in the next.
+    for round in 1..=rounds {
+        for (loss, seen) in &mut losses {
             let pause = witness.pause_of(&mut vm, || {
                 loss.strike(&mut run)?;
                 loss.await_repair(&mut run)
@@ -91,18 +92,17 @@ fn behind_one_socket(testbed: &Testbed, rounds: u32) -> Result<Vec<Row>> {
             eprintln!("pauses: {loss}, {round} of {rounds}: {pause:.0?}");
             seen.push(in_ms(pause));
         }
-        rows.push(Row { event: loss.to_string(), seen_ms: Spread::of(seen), measured_ms: None });
-    }
-    let (mut seen, mut measured) = (Vec::new(), Vec::new());
-    for round in 1..=rounds {
         let pause = witness.pause_of(&mut vm, || {
             measured.push(in_ms(run.upgrade()?.pause()?));
             Ok(())
         })?;
         eprintln!("pauses: upgrade, {round} of {rounds}: {pause:.0?}");
-        seen.push(in_ms(pause));
+        seen_upgrades.push(in_ms(pause));
     }
-    let (seen_ms, measured_ms) = (Spread::of(seen), Some(Spread::of(measured)));
+    let row_of =
+        |(loss, seen): (Loss, _)| Row { event: loss.to_string(), seen_ms: Spread::of(seen), measured_ms: None };
+    let mut rows: Vec<Row> = losses.into_iter().map(row_of).collect();
+    let (seen_ms, measured_ms) = (Spread::of(seen_upgrades), Some(Spread::of(measured)));
     rows.push(Row { event: "vvu upgrade".to_owned(), seen_ms, measured_ms });
     check_kernel_log(&mut vm)?;
     witness.stop(&mut vm)?;
