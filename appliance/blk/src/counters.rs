@@ -122,12 +122,24 @@ impl DeviceCounters {
         CounterReport { total, queues }
     }
 
-    /// Writes the counters to the log: the word `counters`, then JSON, on one line.
+    /// Writes the counters to the log: the words `counters` and, where there are several queues, `counters of queue N`, each with
+    /// JSON on a line. All on one line are more than a launcher passes on.
     pub(crate) fn log(&self) {
-        match serde_json::to_string(&self.report()) {
-            Ok(json) => tracing::info!("counters {json}"),
-            Err(error) => tracing::error!(%error, "counters cannot be written"),
+        let CounterReport { total, queues } = self.report();
+        log_line("counters", &total);
+        if queues.len() > 1 {
+            queues
+                .iter()
+                .enumerate()
+                .for_each(|(index, values)| log_line(&format!("counters of queue {index}"), values));
         }
+    }
+}
+
+fn log_line(of: &str, values: &CounterValues) {
+    match serde_json::to_string(values) {
+        Ok(json) => tracing::info!("{of} {json}"),
+        Err(error) => tracing::error!(%error, "counters cannot be written"),
     }
 }
 

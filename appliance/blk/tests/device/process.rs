@@ -82,19 +82,29 @@ impl Program {
         })
     }
 
-    /// The counters at this moment, by SIGUSR1.
+    /// The counters at this moment, summed up over the queues, by SIGUSR1.
     pub(crate) fn counters(&self) -> serde_json::Value {
-        let before = self.count_lines("counters {");
+        self.reported("counters ")
+    }
+
+    /// The counters of one of several queues.
+    pub(crate) fn counters_of(&self, queue: u16) -> serde_json::Value {
+        self.reported(&format!("counters of queue {queue} "))
+    }
+
+    fn reported(&self, words: &str) -> serde_json::Value {
+        let line_start = format!("{words}{{");
+        let before = self.count_lines(&line_start);
         self.signal(rustix::process::Signal::USR1);
         self.wait_for(|lines, _more_to_come| {
-            let line = lines.iter().filter(|line| line.contains("counters {")).nth(before)?;
-            Some(serde_json::from_str(line.split_once("counters ").unwrap().1).unwrap())
+            let line = lines.iter().filter(|line| line.contains(&line_start)).nth(before)?;
+            Some(serde_json::from_str(line.split_once(words).unwrap().1).unwrap())
         })
     }
 
     /// One counter, summed up over the queues.
     pub(crate) fn counter(&self, name: &str) -> u64 {
-        self.counters()["total"][name].as_u64().unwrap_or_else(|| panic!("there is no counter {name}"))
+        self.counters()[name].as_u64().unwrap_or_else(|| panic!("there is no counter {name}"))
     }
 
     /// Where the program has mapped what lies at `offset` of a file.
