@@ -139,7 +139,8 @@ impl Chain {
         let mut index = head;
         let mut left = table.limit;
         loop {
-            left = left.checked_sub(1).ok_or(ChainError::TooLong { limit: table.limit })?;
+            let Some(others) = left.checked_sub(1) else { return Err(ChainError::TooLong { limit: table.limit }) };
+            left = others;
             let place = if table.indirect { &self.table } else { ring };
             let descriptor = read(place, view, table, index)?;
             if descriptor.has(VRING_DESC_F_INDIRECT) {

@@ -134,9 +134,9 @@ impl Span {
     }
 }
 
-/// A number for each snapshot of this process.
+/// A number for each snapshot of this process, from 1.
 fn next_id() -> u64 {
-    static NEXT: AtomicU64 = AtomicU64::new(0);
+    static NEXT: AtomicU64 = AtomicU64::new(1);
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
@@ -193,7 +193,8 @@ impl Memory {
         }
     }
 
-    /// Tells this snapshot from all others of the process.
+    /// Tells this snapshot from all others of the process; never 0.
+    #[inline]
     #[must_use]
     pub fn id(&self) -> u64 {
         self.id

@@ -26,10 +26,10 @@ impl Place {
 
     /// The address of the `len` bytes at `offset`, which do not cross from one page to the next.
     pub(crate) fn address(&self, offset: u32, len: u32) -> Result<GuestAddress, GuestMemoryError> {
-        self.part(offset)
-            .filter(|part| part.len >= len)
-            .map(|part| part.address)
-            .ok_or(GuestMemoryError::InvalidGuestAddress(GuestAddress(u64::from(offset))))
+        match self.part(offset).filter(|part| part.len >= len) {
+            Some(part) => Ok(part.address),
+            None => Err(GuestMemoryError::InvalidGuestAddress(GuestAddress(u64::from(offset)))),
+        }
     }
 
     /// Copies two numbers at `offset`, as they are in memory.

@@ -205,28 +205,13 @@ impl Engine {
         transfer.elsewhere = self.copies.place(transfer.pieces());
         let flags = if transfer.elsewhere { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
         let slot = match (transfer.pieces(), transfer.memory()) {
-            ([piece], Some(memory)) => self.registered.slot_of(&self.ring.submitter(), memory, piece),
+            ([piece], Some(memory)) => self.registered.slot_of(&self.ring, memory, piece),
             _ => None,
         };
         transfer.registered = slot.is_some();
-        let (pieces, offset) = (transfer.pieces(), transfer.position());
-        let count = u32::try_from(pieces.len()).unwrap_or(0);
-        let file = Fixed(transfer.file);
-        let writes = transfer.direction == Some(Direction::Write);
-        let entry = match pieces {
-            // The kernel need not copy a list of one.
-            [piece] => {
-                // More than that is a short transfer, which is continued.
-                let (start, len) = (piece.iov_base.cast::<u8>(), u32::try_from(piece.iov_len).unwrap_or(u32::MAX));
-                match slot {
-                    Some(slot) if writes => opcode::WriteFixed::new(IMAGE, start, len, slot).offset(offset).build(),
-                    Some(slot) => opcode::ReadFixed::new(file, start, len, slot).offset(offset).build(),
-                    None if writes => opcode::Write::new(IMAGE, start, len).offset(offset).build(),
-                    None => opcode::Read::new(file, start, len).offset(offset).build(),
-                }
-            }
-            _ if writes => opcode::Writev::new(IMAGE, pieces.as_ptr(), count).offset(offset).build(),
-            _ => opcode::Readv::new(file, pieces.as_ptr(), count).offset(offset).build(),
+        let entry = match slot {
+            Some(slot) => registered_operation(transfer, slot),
+            None => operation(transfer),
         };
         self.start(head, entry.flags(flags))
     }
@@ -415,6 +400,42 @@ impl Drop for Engine {
             std::mem::forget(std::mem::replace(&mut self.zeroes, AlignedBuffer::new(0, 1)));
         }
     }
+}
+
+/// What is left of a transfer.
+fn operation(transfer: &Transfer) -> squeue::Entry {
+    let (pieces, offset, file) = (transfer.pieces(), transfer.position(), Fixed(transfer.file));
+    let count = u32::try_from(pieces.len()).unwrap_or(0);
+    let writes = transfer.direction == Some(Direction::Write);
+    match pieces {
+        // The kernel need not copy a list of one.
+        [piece] => {
+            let (start, len) = start_and_len(piece);
+            if writes {
+                opcode::Write::new(IMAGE, start, len).offset(offset).build()
+            } else {
+                opcode::Read::new(file, start, len).offset(offset).build()
+            }
+        }
+        _ if writes => opcode::Writev::new(IMAGE, pieces.as_ptr(), count).offset(offset).build(),
+        _ => opcode::Readv::new(file, pieces.as_ptr(), count).offset(offset).build(),
+    }
+}
+
+/// What is left of a transfer of one piece, whose memory is in a slot.
+fn registered_operation(transfer: &Transfer, slot: u16) -> squeue::Entry {
+    let (offset, file) = (transfer.position(), Fixed(transfer.file));
+    let (start, len) = transfer.pieces().first().map_or((std::ptr::null_mut(), 0), start_and_len);
+    if transfer.direction == Some(Direction::Write) {
+        opcode::WriteFixed::new(IMAGE, start, len, slot).offset(offset).build()
+    } else {
+        opcode::ReadFixed::new(file, start, len, slot).offset(offset).build()
+    }
+}
+
+/// What is longer than that is a short transfer, which is continued.
+fn start_and_len(piece: &libc::iovec) -> (*mut u8, u32) {
+    (piece.iov_base.cast(), u32::try_from(piece.iov_len).unwrap_or(u32::MAX))
 }
 
 // Values of user_data above those of heads.

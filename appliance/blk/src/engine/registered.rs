@@ -14,7 +14,7 @@
 
 use std::io;
 
-use io_uring::Submitter;
+use io_uring::{IoUring, Submitter};
 
 use crate::DriverMemory;
 
@@ -29,8 +29,8 @@ const MOST_SHIFT: u32 = 30;
 /// See the module's text.
 #[derive(Debug, Default)]
 pub(super) struct Registered {
-    /// Whose memory it is.
-    memory: Option<u64>,
+    /// Whose memory it is; at first nobody's.
+    memory: u64,
     chunks: Chunks,
     /// Whether the chunk of a slot is there.
     filled: Vec<bool>,
@@ -40,19 +40,29 @@ pub(super) struct Registered {
 
 impl Registered {
     /// The slot that has all of `piece`, which is a part of `memory` and mapped. None if the operation has to go without.
-    pub(super) fn slot_of(&mut self, ring: &Submitter<'_>, memory: &DriverMemory, piece: &libc::iovec) -> Option<u16> {
-        if self.memory != Some(memory.id()) {
-            self.follow(ring, memory);
+    #[inline]
+    pub(super) fn slot_of(&mut self, ring: &IoUring, memory: &DriverMemory, piece: &libc::iovec) -> Option<u16> {
+        if self.memory == memory.id() && self.filled.is_empty() {
+            return None;
+        }
+        self.find(ring, memory, piece)
+    }
+
+    fn find(&mut self, ring: &IoUring, memory: &DriverMemory, piece: &libc::iovec) -> Option<u16> {
+        let ring = ring.submitter();
+        if self.memory != memory.id() {
+            self.follow(&ring, memory);
         }
         let chunk = self.chunks.find(piece.iov_base.addr(), piece.iov_len)?;
         let filled = *self.filled.get(usize::from(chunk.slot))?;
-        (filled || self.register(ring, chunk)).then_some(chunk.slot)
+        (filled || self.register(&ring, chunk)).then_some(chunk.slot)
     }
 
     /// Forgets all chunks and takes those of another table of memory.
+    #[cold]
     fn follow(&mut self, ring: &Submitter<'_>, memory: &DriverMemory) {
         self.forget(ring);
-        self.memory = Some(memory.id());
+        self.memory = memory.id();
         let regions = memory.lasting().map(|slice| (slice.ptr_guard().as_ptr().addr(), slice.len()));
         self.chunks = Chunks::of(regions.collect());
         self.filled.resize(self.chunks.count(), false);
@@ -167,7 +177,7 @@ mod tests {
     use std::fs::File;
     use std::os::fd::AsRawFd;
 
-    use io_uring::{IoUring, opcode, types};
+    use io_uring::{opcode, types};
     use vm_memory::GuestAddress;
 
     use super::*;
@@ -235,7 +245,7 @@ mod tests {
                 let slice = memory.slice(start, 4096).unwrap();
                 let piece = libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: 4096 };
                 addresses.push(piece.iov_base);
-                let slot = registered.slot_of(&ring.submitter(), &memory, &piece).expect("registered");
+                let slot = registered.slot_of(&ring, &memory, &piece).expect("registered");
                 read(&mut ring, slot, &piece);
                 let mut found = [0; 4096];
                 memory.read_slice(&mut found, start).unwrap();
@@ -258,10 +268,10 @@ mod tests {
         };
         // There is a table already.
         ring.submitter().register_buffers_sparse(1).unwrap();
-        assert_eq!(registered.slot_of(&ring.submitter(), &first, &piece_of(&first)), None);
+        assert_eq!(registered.slot_of(&ring, &first, &piece_of(&first)), None);
         ring.submitter().unregister_buffers().unwrap();
-        assert_eq!(registered.slot_of(&ring.submitter(), &first, &piece_of(&first)), None);
+        assert_eq!(registered.slot_of(&ring, &first, &piece_of(&first)), None);
         let second = memory();
-        assert_eq!(registered.slot_of(&ring.submitter(), &second, &piece_of(&second)), Some(0));
+        assert_eq!(registered.slot_of(&ring, &second, &piece_of(&second)), Some(0));
     }
 }

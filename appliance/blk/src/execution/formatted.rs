@@ -24,7 +24,7 @@ impl Executor<'_> {
     fn read_in_place(&mut self, head: u16, range: ByteRange) -> Result<bool, EngineError> {
         let device = self.device;
         let Some(found) = device.formatted.as_ref().and_then(|pool| pool.disk().find(range)) else { return Ok(false) };
-        let slot = self.slots.get_mut(usize::from(head)).ok_or(EngineError::Busy { head })?;
+        let Some(slot) = self.slots.get_mut(usize::from(head)) else { return Err(EngineError::Busy { head }) };
         let Some(memory) = &slot.memory else { return Err(EngineError::Busy { head }) };
         let transfer = self.engine.idle_transfer(head)?;
         let fits = found.place.offset.is_multiple_of(u64::from(found.alignment.offset))

@@ -153,7 +153,10 @@ impl<'a> Executor<'a> {
     }
 
     fn slot(&mut self, head: u16) -> Result<&mut Slot<'a>, EngineError> {
-        self.slots.get_mut(usize::from(head)).ok_or(EngineError::Busy { head })
+        match self.slots.get_mut(usize::from(head)) {
+            Some(slot) => Ok(slot),
+            None => Err(EngineError::Busy { head }),
+        }
     }
 
     fn identify(&mut self, head: u16) -> Result<(), EngineError> {
@@ -218,7 +221,7 @@ impl<'a> Executor<'a> {
     }
 
     fn meet_needs(&mut self, head: u16) -> Result<bool, EngineError> {
-        let slot = self.slots.get_mut(usize::from(head)).ok_or(EngineError::Busy { head })?;
+        let Some(slot) = self.slots.get_mut(usize::from(head)) else { return Err(EngineError::Busy { head }) };
         let took_buffer = slot.needs.buffer && slot.buffer.is_none();
         if took_buffer {
             slot.buffer = self.buffers.take();
