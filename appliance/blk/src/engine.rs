@@ -198,17 +198,23 @@ impl Engine {
     }
 
     fn start_transfer(&mut self, head: u16) -> Result<(), EngineError> {
+        let Some(transfer) = self.transfers.get(usize::from(head)) else { return Err(EngineError::Busy { head }) };
+        let slot = match (transfer.pieces(), transfer.memory()) {
+            ([piece], Some(memory)) => self.registered.slot_of(&self.ring, memory, piece),
+            _ => None,
+        };
+        self.start_with(head, slot)
+    }
+
+    /// Starts to move what is left, whose memory is in a slot or in none.
+    fn start_with(&mut self, head: u16, slot: Option<u16>) -> Result<(), EngineError> {
         let transfer = match self.transfers.get_mut(usize::from(head)) {
             Some(transfer) if !transfer.busy => transfer,
             _ => return Err(EngineError::Busy { head }),
         };
         transfer.elsewhere = self.copies.place(transfer.pieces());
-        let flags = if transfer.elsewhere { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
-        let slot = match (transfer.pieces(), transfer.memory()) {
-            ([piece], Some(memory)) => self.registered.slot_of(&self.ring, memory, piece),
-            _ => None,
-        };
         transfer.registered = slot.is_some();
+        let flags = if transfer.elsewhere { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
         let entry = match slot {
             Some(slot) => registered_operation(transfer, slot),
             None => operation(transfer),
@@ -343,6 +349,11 @@ impl Engine {
                     return Ok(None);
                 }
                 Err(io::Error::from_raw_os_error(-result))
+            }
+            // Other memory has got its slot before the kernel looked at the operation.
+            Err(_negative) if result == -libc::EFAULT && transfer.registered => {
+                self.start_with(head, None)?;
+                return Ok(None);
             }
             Err(_negative) => Err(io::Error::from_raw_os_error(-result)),
             Ok(_) if !moved => Ok(()),

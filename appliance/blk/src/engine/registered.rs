@@ -8,7 +8,9 @@
 //! # Safety
 //! The kernel holds the pages of a chunk by itself, so they stay pages whatever becomes of the mapping. What they are pages of
 //! is the question: a slot is named for a piece of memory only between the registration of the chunk, made while that
-//! piece was mapped, and the next change of memory, which has all chunks registered anew.
+//! piece was mapped, and the next change of memory, which has all chunks registered anew. The kernel may look at an operation later
+//! than that. It finds the addresses of the piece in its slot then, which nothing else can have while the piece is mapped, or it
+//! refuses the operation, which is started again without a slot.
 
 #![expect(unsafe_code, reason = "memory is registered by address; the module's text says why it is what it was")]
 
@@ -21,9 +23,10 @@ use crate::DriverMemory;
 /// Most chunks; io_uring takes four times as many.
 const MOST_CHUNKS: usize = 4096;
 
-/// Length of a chunk in bytes, as a power of two: to register it takes less than a millisecond. Larger memory has larger ones,
-/// up to the largest that io_uring takes.
+/// Length of a chunk in bytes, as a power of two: to register it takes less than a millisecond, and five under an emulator.
 const LEAST_SHIFT: u32 = 24;
+
+/// Of chunks of larger memory: io_uring takes no longer ones.
 const MOST_SHIFT: u32 = 30;
 
 /// See the module's text.

@@ -7,15 +7,17 @@ use std::sync::Arc;
 use clap::Parser;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vm_memory::{Bytes, GuestAddress};
-use vvu_back_end::Connection;
+use vvu_back_end::{Connection, Segment};
 use vvu_test_driver::front_end::{FrontEnd, ORDINARY};
 use vvu_test_driver::queue::Queue;
 use vvu_test_driver::ring::{Desc, NEXT, WRITE};
 
-use super::{Engine, SETUPS, Setup};
+use super::{Completion, Engine, SETUPS, Setup};
+use crate::DriverMemory;
 use crate::cli::Cli;
 use crate::device::Device;
 use crate::image::Image;
+use crate::transfer::Direction;
 
 /// Completions that wait for a thread, and a ring of any thread: every kernel refuses that.
 const REFUSED: Setup = |ring| {
@@ -74,6 +76,40 @@ fn a_kernel_without_the_best_ring_serves_with_another_one() {
             front_end.memory.read_slice(&mut found, GuestAddress(DATA)).unwrap();
             assert_eq!(found, [round; 512]);
         }
+    }
+}
+
+/// Memory is registered anew as soon as an operation works on other memory, whatever waits to be submitted.
+#[test]
+fn operations_of_two_memories_go_to_the_kernel_together() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), [[1; 4096], [2; 4096], [3; 4096], [4; 4096]].concat()).unwrap();
+    let image = Arc::new(Image::open(file.path(), true, None).unwrap());
+    let mut engine = Engine::new(vec![image], 8, SETUPS[0]).unwrap();
+    let memories = [(); 2].map(|()| Arc::new(DriverMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap()));
+    let place = |head: u16| (&memories[usize::from(head) % 2], GuestAddress(u64::from(head) * 4096));
+    for head in 0..4 {
+        let (memory, address) = place(head);
+        let transfer = engine.idle_transfer(head).unwrap();
+        transfer.map_segments(memory, &[Segment { address, len: 4096 }]).unwrap();
+        engine.transfer(head, Direction::Read, u64::from(head) * 4096).unwrap();
+    }
+    let mut done = 0;
+    while done < 4 {
+        engine.wait(None).unwrap();
+        while let Some(completion) = engine.next_completion().unwrap() {
+            assert!(
+                matches!(completion, Completion::Request { transferred: 4096, result: Ok(()), .. }),
+                "{completion:?}"
+            );
+            done += 1;
+        }
+    }
+    for (head, expected) in (0..4).zip(1_u8..) {
+        let (memory, address) = place(head);
+        let mut found = [0; 4096];
+        memory.read_slice(&mut found, address).unwrap();
+        assert_eq!(found, [expected; 4096], "head {head}");
     }
 }
 
